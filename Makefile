@@ -1,0 +1,48 @@
+# Every target sets itself up: a .venv in this folder, from requirements.lock. Nothing global is touched.
+# PYTHON=/path/to/python3.12 chooses the interpreter; otherwise PATH and pyenv's versions are searched.
+SHELL := /bin/bash
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PYTHON ?= $(shell tools/find_python.sh)
+
+.PHONY: help env demo demo-seeds test test-slow lint format bench clean
+
+help:
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+env: $(STAMP) ## make .venv with everything pinned in requirements.lock
+
+$(STAMP): requirements.lock pyproject.toml
+	@test -n "$(PYTHON)" || { echo "No Python >= 3.12 was found on PATH or among pyenv's versions: install one (for example 'pyenv install 3.12') or name it with 'make PYTHON=/path/to/python3.12'." >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: env ## the whole method on text this machine already has (about ten minutes on two cores)
+	$(BIN)/megatron-bliss demo $(ARGS)
+
+demo-seeds: env ## the demo with three seeds, one after the other: build/demo-seeds.json
+	$(BIN)/python tools/demo_seeds.py $(ARGS)
+
+test: env lint ## lint, types and all tests that are not slow
+	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: env ## the long proofs: kills and resumes, larger sizes
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+lint: env ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: env ## let ruff rewrite the files
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: env ## all benchmarks, or one: make bench NAME=bilevel
+	$(BIN)/python -m tests.benchmarks $(NAME)
+
+clean:
+	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -1,0 +1,191 @@
+"""Every file of a run: where it lies, how it is written so that a kill never leaves half of it, digests, the lock.
+
+A run is one directory (DESIGN: RUN/). A control arm is a run of its own under RUN/controls/NAME, with the same
+layout, that starts from the warm-up of the run above it.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from megatron_bliss.errors import UserError
+
+_BLOCK = 1 << 22
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """Names of everything inside a run directory; creates nothing."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "run.yaml"
+
+    @property
+    def state(self) -> Path:
+        return self.root / "state.json"
+
+    @property
+    def lock(self) -> Path:
+        return self.root / "run.lock"
+
+    @property
+    def inventory(self) -> Path:
+        return self.root / "inventory.json"
+
+    @property
+    def logs(self) -> Path:
+        return self.root / "logs"
+
+    @property
+    def index_cache(self) -> Path:
+        """Megatron's document, sample and shuffle indices."""
+        return self.root / "index-cache"
+
+    @property
+    def warmup_selection(self) -> Path:
+        return self.root / "warmup" / "selection"
+
+    @property
+    def warmup_target(self) -> Path:
+        return self.root / "warmup" / "target"
+
+    @property
+    def warmup_proxy(self) -> Path:
+        return self.root / "warmup" / "proxy"
+
+    @property
+    def target(self) -> Path:
+        return self.root / "target"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.html"
+
+    def round(self, number: int) -> Path:
+        """:param number: 1-based number of the round."""
+        return self.root / f"round-{number:04d}"
+
+    def bilevel(self, number: int) -> Path:
+        return self.round(number) / "bilevel"
+
+    def scores(self, number: int) -> Path:
+        return self.round(number) / "scores"
+
+    def selection(self, number: int) -> Path:
+        return self.round(number) / "selection"
+
+    def evaluation(self, number: int) -> Path:
+        return self.round(number) / "evaluation"
+
+    def control(self, name: str) -> "RunPaths":
+        return RunPaths(self.root / "controls" / name)
+
+
+@contextmanager
+def atomic_write(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
+    """Yield a file beside `path` that takes its name, fsynced, only when the block ends without an error."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, mode) as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    fsync_directory(path.parent)
+
+
+def fsync_directory(path: Path) -> None:
+    """Make a rename inside `path` survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write atomically; `content` must hold `schema`."""
+    assert "schema" in content, "every JSON file of a run names its schema"
+    with atomic_write(path, "w") as stream:
+        json.dump(content, stream, indent=1, sort_keys=True, allow_nan=False)
+        stream.write("\n")
+
+
+def read_json(path: Path, schema: int = 1) -> dict[str, Any]:
+    """:raises UserError: if the file is missing, is not JSON, or has another schema."""
+    try:
+        content = json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; run the stage that writes it first") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); remove it and run its stage again") from None
+    if not isinstance(content, dict) or content.get("schema") != schema:
+        found = content.get("schema") if isinstance(content, dict) else None
+        raise UserError(f"{path} has schema {found!r}, this version of megatron-bliss reads schema {schema}")
+    return content
+
+
+def digest_bytes(*parts: bytes) -> str:
+    """SHA-256 (hex) of the parts, each preceded by its length, so that no two lists of parts collide."""
+    state = hashlib.sha256()
+    for part in parts:
+        state.update(len(part).to_bytes(8, "little"))
+        state.update(part)
+    return state.hexdigest()
+
+
+def digest_json(content: Any) -> str:
+    return digest_bytes(json.dumps(content, sort_keys=True).encode())
+
+
+def digest_file(path: Path) -> str:
+    """SHA-256 (hex) of a file's bytes."""
+    state = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while block := stream.read(_BLOCK):
+            state.update(block)
+    return state.hexdigest()
+
+
+def digest_tree(path: Path) -> str:
+    """Digest of a checkpoint directory: names and sizes of its files, which no kill can leave the same by accident
+    and which is read in no time for a checkpoint of any size."""
+    files = sorted(file for file in Path(path).rglob("*") if file.is_file())
+    return digest_json([[str(file.relative_to(path)), file.stat().st_size] for file in files])
+
+
+@contextmanager
+def run_lock(path: Path) -> Iterator[None]:
+    """Hold the run for this process.
+
+    :raises UserError: naming host and process of whoever holds it already.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            stream.seek(0)
+            holder = stream.read().strip() or "another process"
+            raise UserError(f"{path.parent} is in use by {holder}; wait for it, or stop it and run again") from None
+        stream.truncate(0)
+        stream.write(f"process {os.getpid()} on {socket.gethostname()}")
+        stream.flush()
+        yield

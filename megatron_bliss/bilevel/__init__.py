@@ -1,0 +1,1 @@
+"""The bilevel mathematics in plain torch, testable with toy models."""

@@ -1,0 +1,1 @@
+"""Token shards, scores and selections with numpy only."""

@@ -1,0 +1,19 @@
+"""Errors for users: one sentence that names the file or setting, its value and the remedy; exit code 2."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class UserError(Exception):
+    """Bad usage or input. The message is all the user sees, so it says what would be right."""
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Turn a `UserError` into its message on stderr and exit code 2, without a traceback."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None

@@ -1,0 +1,1 @@
+"""What gives sequences (offline) or tokens (online) their weight."""

@@ -1,0 +1,1 @@
+"""One file a stage: joins methods, mcore and data."""
