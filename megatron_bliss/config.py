@@ -21,7 +21,7 @@ class DomainConfig:
 
     name: str = MISSING
     prefixes: list[str] = field(default_factory=list)  # shards, without .bin/.idx
-    weight: float = 1.0  # share in the blend, relative to the other domains
+    weight: float | None = None  # share in the blend, for all domains or none; None: as many as there are tokens
 
 
 @dataclass
@@ -300,8 +300,10 @@ def _checked(merged: Any) -> RunConfig:
     for domain in config.data.pool:
         if not domain.prefixes:
             raise UserError(f"data.pool: domain {domain.name!r} has no prefixes; list its shards")
-        if not domain.weight > 0:
-            raise UserError(f"data.pool: domain {domain.name!r} has weight {domain.weight}; leave it out or weigh it")
+        if domain.weight is not None and not domain.weight > 0:
+            raise UserError(f"data.pool: domain {domain.name!r} has weight {domain.weight}; it must be above 0")
+    if len({domain.weight is None for domain in config.data.pool}) > 1:
+        raise UserError("data.pool gives a weight to some domains only; weigh all of them or none")
     for control in config.controls:
         if control.method not in METHODS:
             raise UserError(f"controls: {control.name!r} has method {control.method!r}; known: {', '.join(METHODS)}")
