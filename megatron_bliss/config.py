@@ -271,8 +271,8 @@ def load_config(path: Path | None, overrides: list[str]) -> RunConfig:
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; give the path of a run's YAML settings") from None
     except OmegaConfBaseException as error:
-        where = f"{path}: " if path else ""
-        raise UserError(f"{where}{str(error).splitlines()[0]}") from None
+        where = ": ".join(str(part) for part in (path, error.full_key) if part)
+        raise UserError(f"{where}: {str(error).splitlines()[0]}" if where else str(error)) from None
     return _checked(merged)
 
 

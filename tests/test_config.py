@@ -1,0 +1,81 @@
+"""Settings: defaults, presets, overrides and the sentences a user sees when one is wrong."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_bliss import config as settings
+from megatron_bliss.errors import UserError
+
+NEEDED = [
+    "data.validation=valid",
+    "data.tokenizer.vocab_size=2048",
+    "data.pool=[{name: web, prefixes: [web]}, {name: code, prefixes: [code]}]",
+]
+
+
+def load(*overrides: str) -> settings.RunConfig:
+    return settings.load_config(None, [*NEEDED, *overrides])
+
+
+def test_defaults_are_the_papers_recipe() -> None:
+    config = load()
+    assert (config.target.model.preset, config.proxy.model.preset) == ("pythia-410m", "pythia-31m")
+    assert (config.round_steps, config.selection.fraction, config.bilevel.outer_steps) == (10_000, 0.2, 3000)
+    assert config.num_slices == config.rounds + 1
+
+
+def test_file_then_override_wins(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("rounds: 7\nbilevel: {gamma: 0.5}\n")
+    config = settings.load_config(path, [*NEEDED, "bilevel.gamma=0"])
+    assert (config.rounds, config.bilevel.gamma) == (7, 0)
+
+
+def test_paper_preset_sets_the_authors_solver_and_user_settings_win() -> None:
+    config = load("bilevel.preset=paper", "bilevel.z_steps=5").bilevel
+    assert (config.solver, config.damping, config.z_lr, config.z_steps) == ("paper", 1e-2, 1e-2, 5)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("bilevel.gama=1", "gama"),
+        ("rounds=many", "rounds"),
+        ("rounds=0", "rounds is 0; it must be above 0"),
+        ("selection.fraction=1.5", "selection.fraction is 1.5"),
+        ("method=best", "method is 'best'; it must be one of"),
+        ("bilevel.solver=newton", "bilevel.solver is 'newton'"),
+        ("data.pool=[]", "data.pool is empty"),
+        ("data.pool=[{name: a, prefixes: []}]", "has no prefixes"),
+        ("data.pool=[{name: a, prefixes: [x]}, {name: a, prefixes: [y]}]", "twice"),
+        ("data.pool=[{name: a, prefixes: [x], weight: 1}, {name: b, prefixes: [y]}]", "some domains only"),
+        ("controls=[{name: r, method: random, steps_factor: 9}]", "more than all of it"),
+        ("rounds", "key=value"),
+    ],
+)
+def test_a_wrong_setting_is_named(override: str, words: str) -> None:
+    with pytest.raises(UserError, match=r".*".join(words.split("…"))):
+        load(override)
+
+
+def test_missing_values_are_listed() -> None:
+    with pytest.raises(UserError, match=r"data\.tokenizer\.vocab_size.*data\.validation|without a value"):
+        settings.load_config(None, [])
+
+
+def test_saved_settings_come_back_and_changes_are_listed(tmp_path: Path) -> None:
+    config = load("controls=[{name: r, steps_factor: 3}]")
+    settings.save_config(config, tmp_path / "run.yaml")
+    saved = settings.read_saved_config(tmp_path / "run.yaml")
+    assert settings.differences(saved, config) == []
+    changed = settings.differences(saved, load("controls=[{name: r, steps_factor: 2}]", "bilevel.gamma=0"))
+    assert changed == ["bilevel.gamma: 0.01 -> 0.0", "controls.0.steps_factor: 3.0 -> 2.0"]
+
+
+def test_a_control_arm_takes_more_steps_on_as_much_more_data() -> None:
+    config = load("controls=[{name: r, method: random, steps_factor: 3}]")
+    arm = settings.control_config(config, config.controls[0], Path("main"))
+    assert arm.round_steps == 3 * config.round_steps
+    assert arm.selection.fraction == pytest.approx(3 * config.selection.fraction)
+    assert (arm.method, arm.warmup.start_from, arm.controls) == ("random", "main", [])
