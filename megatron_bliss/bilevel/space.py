@@ -1,0 +1,150 @@
+"""Vectors in a model's parameter space, on one rank of a tensor- and data-parallel job.
+
+A vector (a gradient, z, a running average) is a list of tensors shaped like this rank's parameters: float32, or
+float64 where the parameters are (the toy models of the tests). Every data-parallel rank holds the same vector; a
+tensor-parallel rank holds its shards of the sharded parameters and a copy of the others.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+Vector = list[Tensor]
+
+_BUCKET = 1 << 25  # elements reduced in one collective: large enough for bandwidth, small beside the model
+
+
+def group_size(group: Any) -> int:
+    """Ranks in a process group; no group means one."""
+    return 1 if group is None else torch.distributed.get_world_size(group)
+
+
+def group_sum_(tensor: Tensor, group: Any) -> Tensor:
+    """Sum a tensor over a group in place, and return it."""
+    if group_size(group) > 1:
+        torch.distributed.all_reduce(tensor, group=group)
+    return tensor
+
+
+def machine_epsilon(parameters: Sequence[Tensor]) -> float:
+    """That of the coarsest dtype among the parameters: what a perturbation has to stand out from."""
+    return max(torch.finfo(parameter.dtype).eps for parameter in parameters)
+
+
+class ParameterSpace:
+    """The parameters of one model, with inner products and reductions that count every parameter once.
+
+    :param parameters: this rank's parameters, each once (tied ones too).
+    :param is_sharded: for each, whether tensor-parallel ranks hold different parts of it (else: copies).
+    :param needs_tp_sum: for each, whether its gradient is partial on every tensor-parallel rank, as that of the
+        copies inside sequence-parallel regions is.
+    :param tp_group: tensor-parallel process group; None for one rank.
+    :param dp_group: data-parallel process group; None for one rank.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        is_sharded: Sequence[bool] | None = None,
+        needs_tp_sum: Sequence[bool] | None = None,
+        tp_group: Any = None,
+        dp_group: Any = None,
+    ) -> None:
+        self.parameters = list(parameters)
+        self.is_sharded = list(is_sharded or [False] * len(self.parameters))
+        self.needs_tp_sum = list(needs_tp_sum or [False] * len(self.parameters))
+        assert len(self.parameters) == len(self.is_sharded) == len(self.needs_tp_sum) > 0
+        self.tp_group, self.dp_group = tp_group, dp_group
+        # master weights: the parameter itself where it has the precision already
+        self.masters: Vector = [
+            parameter.data if parameter.dtype in (torch.float32, torch.float64) else parameter.detach().float()
+            for parameter in self.parameters
+        ]
+        self.machine_epsilon = machine_epsilon(self.parameters)
+
+    @torch.no_grad()
+    def push(self) -> None:
+        """Masters -> parameters, rounded to the parameters' dtype."""
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            if parameter.data_ptr() != master.data_ptr():
+                parameter.copy_(master)
+
+    def zeros(self) -> Vector:
+        return [torch.zeros_like(master) for master in self.masters]
+
+    def numel(self) -> Tensor:
+        """Parameters of the whole model, over all tensor-parallel ranks: a float64 scalar tensor."""
+        return self._count_once(torch.stack([torch.ones_like(m).sum(dtype=torch.float64) for m in self.masters]))
+
+    @torch.no_grad()
+    def dot(self, u: Sequence[Tensor], v: Sequence[Tensor]) -> Tensor:
+        """⟨u, v⟩ over all tensor-parallel ranks: a float64 scalar on the parameters' device, equal on all ranks."""
+        return self._count_once(torch.stack([(a * b).sum(dtype=torch.float64) for a, b in zip(u, v, strict=True)]))
+
+    def _count_once(self, parts: Tensor) -> Tensor:
+        """Sum a number a parameter, [parameters], to that of the whole model.
+
+        Copies enter divided by the number of ranks that hold them, so one sum over the group counts each once and
+        gives all ranks the same bits.
+        """
+        ranks = group_size(self.tp_group)
+        if ranks == 1:
+            return parts.sum()
+        sharded = torch.tensor(self.is_sharded, device=parts.device)
+        return group_sum_(torch.where(sharded, parts, parts / ranks).sum(), self.tp_group)
+
+    def norm(self, u: Sequence[Tensor]) -> Tensor:
+        """‖u‖, a float64 scalar tensor."""
+        return self.dot(u, u).sqrt()
+
+    @torch.no_grad()
+    def reduce_gradients(self, gradients: Vector) -> Vector:
+        """Sum over data-parallel ranks, and over tensor-parallel ranks where gradients are partial. In place."""
+        partial = [g for g, needed in zip(gradients, self.needs_tp_sum, strict=True) if needed]
+        _sum_buckets_(partial, self.tp_group)
+        _sum_buckets_(gradients, self.dp_group)
+        return gradients
+
+    @torch.no_grad()
+    def clip(self, gradients: Vector, max_norm: float) -> Tensor:
+        """Scale in place to at most `max_norm` and return the norm before. No clipping where max_norm is 0."""
+        norm = self.norm(gradients)
+        if max_norm > 0:
+            factor = (max_norm / norm.clamp_min(1e-12)).clamp_max(1.0)
+            for gradient in gradients:
+                gradient.mul_(factor)
+        return norm
+
+    @contextmanager
+    def perturbed(self, direction: Sequence[Tensor], epsilon: Tensor | float) -> Iterator[None]:
+        """Inside, the parameters are θ + εz; afterwards every byte of them and of the masters is what it was."""
+        saved = [master.clone() for master in self.masters]
+        try:
+            with torch.no_grad():
+                for master, part in zip(self.masters, direction, strict=True):
+                    # addcmul takes epsilon as a tensor: no wait for the device
+                    master.addcmul_(part, torch.as_tensor(epsilon, dtype=master.dtype, device=master.device))
+            self.push()
+            yield
+        finally:
+            for master, original in zip(self.masters, saved, strict=True):
+                master.copy_(original)
+            self.push()
+
+
+def _sum_buckets_(tensors: Vector, group: Any) -> None:
+    if group_size(group) == 1 or not tensors:
+        return
+    bucket: Vector = []
+    for index, tensor in enumerate(tensors):
+        bucket.append(tensor)
+        if index == len(tensors) - 1 or sum(t.numel() for t in bucket) >= _BUCKET:
+            flat = torch.cat([t.reshape(-1) for t in bucket])
+            torch.distributed.all_reduce(flat, group=group)
+            for part, piece in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+                part.copy_(piece.view_as(part))
+            bucket = []
