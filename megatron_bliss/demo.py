@@ -1,0 +1,163 @@
+"""The demo: the whole method on text, next to a random control and the simple rule "keep the highest loss".
+
+Everything runs through the same stages, launcher and files as a real run; only the sizes are small. The built-in corpus
+takes the same road as a user's own jsonl files.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_bliss import config as settings
+from megatron_bliss.artifacts import RunPaths, write_json
+from megatron_bliss.data import demo_corpus, experiment_corpus
+from megatron_bliss.errors import UserError
+from megatron_bliss.orchestration import local
+from megatron_bliss.report import page
+from megatron_bliss.report.result import demo_result
+
+VOCAB_SIZE = 2048
+SEQUENCE_LENGTH = 128  # tokens
+ROUNDS = 2
+ROUND_STEPS = 250  # of the LLM
+RANDOM_FACTOR = 3.0  # the random arm goes on this much longer, so that the speed-up is read off a real curve
+
+_CONTROLS = {
+    "random": settings.ControlConfig(name="random", method="random", steps_factor=RANDOM_FACTOR),
+    "high_loss": settings.ControlConfig(
+        name="high_loss", method="perplexity", perplexity=settings.PerplexityConfig(keep="high")
+    ),
+}
+ARMS = ("bliss", *_CONTROLS)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What `megatron-bliss demo` was asked for; None means the built-in corpus."""
+
+    pool: Path | None = None  # folder with one NAME.jsonl a domain
+    validation: Path | None = None  # jsonl, upper level
+    test: Path | None = None  # jsonl, looked at for the final measure only
+    target_domain: str | None = None  # the pool's domain that resembles the validation set, for the AUC
+    seed: int = 1
+    arms: tuple[str, ...] = ARMS
+    out: Path = Path("runs/demo")
+
+
+def run(experiment: Experiment) -> None:
+    """Prepare the corpus, run all arms, write `result.json` and `report.html`, print the table.
+
+    :raises UserError: for options that do not fit together.
+    """
+    began = time.monotonic()
+    _check(experiment)
+    console = Console()
+    out = experiment.out
+    texts, target_domain = _texts(experiment, out)
+    prefixes = experiment_corpus.prepare(
+        texts.pool,
+        texts.validation,
+        texts.test,
+        out / "corpus",
+        vocab_size=VOCAB_SIZE,
+        cut=SEQUENCE_LENGTH,
+        seed=experiment.seed,
+    )
+    config = experiment_config(experiment, prefixes)
+    local.run(config, out)
+    result = demo_result(out, seed=experiment.seed, target_domain=target_domain, wall_s=time.monotonic() - began)
+    write_json(out / "result.json", result)
+    page.write(out)
+    console.print(result_table(result))
+    console.print(f"[bold]{out / 'report.html'}[/bold] shows the curves and what was kept; "
+                  f"{out / 'result.json'} has the numbers; {result['wall_s'] / 60:.1f} minutes.")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Texts:
+    pool: Path
+    validation: Path
+    test: Path
+
+
+def _check(experiment: Experiment) -> None:
+    given = [experiment.pool, experiment.validation, experiment.test]
+    if any(given) and not all(given):
+        raise UserError(
+            "--pool, --validation and --test belong together: give all three, or none for the built-in text"
+        )
+    unknown = [arm for arm in experiment.arms if arm not in ARMS]
+    if unknown or "bliss" not in experiment.arms or "random" not in experiment.arms:
+        raise UserError(
+            f"--arms is {','.join(experiment.arms)}; name bliss and random, and if wanted {', '.join(ARMS[2:])}"
+        )
+
+
+def _texts(experiment: Experiment, out: Path) -> tuple[_Texts, str | None]:
+    if experiment.pool and experiment.validation and experiment.test:
+        return _Texts(experiment.pool, experiment.validation, experiment.test), experiment.target_domain
+    texts = out / "corpus" / "text"
+    demo_corpus.build(texts, seed=experiment.seed)
+    return (
+        _Texts(texts / "pool", texts / "validation.jsonl", texts / "test.jsonl"),
+        experiment.target_domain or demo_corpus.TARGET_DOMAIN,
+    )
+
+
+def experiment_config(experiment: Experiment, corpus: experiment_corpus.Corpus) -> settings.RunConfig:
+    """The run's settings: a target of 1.1 M parameters, a proxy of 0.24 M, minutes instead of weeks."""
+    return settings.RunConfig(
+        seed=experiment.seed,
+        method="bliss",
+        rounds=ROUNDS,
+        round_steps=ROUND_STEPS,
+        data=settings.DataConfig(
+            pool=[settings.DomainConfig(name, prefixes) for name, prefixes in corpus.pool.items()],
+            validation=corpus.validation,
+            test=corpus.test,
+            tokenizer=settings.TokenizerConfig(model=corpus.tokenizer, vocab_size=VOCAB_SIZE),
+            sequence_length=SEQUENCE_LENGTH,
+            held_out=100,
+        ),
+        target=settings.TargetConfig(
+            model=settings.ModelConfig(preset="small"),
+            global_batch_size=16,
+            micro_batch_size=16,
+            lr=2e-3,
+            min_lr=2e-5,
+            lr_warmup_steps=40,
+            save_interval=50,
+        ),
+        proxy=settings.ProxyConfig(model=settings.ModelConfig(preset="tiny")),
+        warmup=settings.WarmupConfig(fraction=0.25, target_steps=400, proxy_steps=300, proxy_batch_size=32, proxy_lr=3e-3),
+        bilevel=settings.BilevelConfig(
+            outer_steps=100, micro_batch_size=32, lr_proxy=1e-3, lr_score=3e-4, checkpoint_interval=25
+        ),
+        evaluation=settings.EvaluationConfig(decay_steps=40, max_sequences=500, curve=True),
+        launch=settings.LaunchConfig(concurrency=2, threads=1),
+        controls=[_CONTROLS[arm] for arm in experiment.arms if arm in _CONTROLS],
+    )  # fmt: skip
+
+
+def result_table(result: dict) -> Table:
+    """The table the demo ends with: one line an arm."""
+    arms = result["arms"]
+    domains = sorted(next(iter(arms.values()))["domain_loss"])
+    table = Table(title=f"BLISS demo, seed {result['seed']}: loss after as many steps for every arm")
+    for column in ("arm", "test loss", *domains, "tokens", "selection FLOPs", "training FLOPs"):
+        table.add_column(column, justify="left" if column == "arm" else "right")
+    for name, arm in arms.items():
+        table.add_row(
+            name, f"{arm['test_loss']:.3f}", *(f"{arm['domain_loss'][domain]:.2f}" for domain in domains),
+            f"{arm['tokens'] / 1e6:.2f} M", f"{arm['selection_flops']:.2e}", f"{arm['train_flops']:.2e}",
+        )  # fmt: skip
+    bound = "more than " if result["speedup_is_lower_bound"] else ""
+    auc = result["auc_target_domain"]
+    table.caption = (
+        f"random needs {bound}{result['speedup_over_random']:.1f} times the steps of BLISS for BLISS's test loss"
+        + (f"; AUC of the target domain {auc:.2f}" if auc is not None else "")
+    )
+    return table
