@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_bliss import config as settings
-from megatron_bliss.artifacts import RunPaths, write_json
+from megatron_bliss.artifacts import write_json
 from megatron_bliss.data import demo_corpus, experiment_corpus
 from megatron_bliss.errors import UserError
 from megatron_bliss.orchestration import local
@@ -132,7 +132,9 @@ def experiment_config(experiment: Experiment, corpus: experiment_corpus.Corpus) 
             save_interval=50,
         ),
         proxy=settings.ProxyConfig(model=settings.ModelConfig(preset="tiny")),
-        warmup=settings.WarmupConfig(fraction=0.25, target_steps=400, proxy_steps=300, proxy_batch_size=32, proxy_lr=3e-3),
+        warmup=settings.WarmupConfig(
+            fraction=0.25, target_steps=400, proxy_steps=300, proxy_batch_size=32, proxy_lr=3e-3
+        ),
         bilevel=settings.BilevelConfig(
             outer_steps=100, micro_batch_size=32, lr_proxy=1e-3, lr_score=3e-4, checkpoint_interval=25
         ),
