@@ -1,0 +1,50 @@
+"""The shards of a run, as `inventory.json` keeps them: the pool, the validation set and the test set."""
+
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from megatron_bliss.artifacts import digest_json, read_json, write_json
+from megatron_bliss.data.shards import ShardRecord
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """Names are unique over the pool."""
+
+    pool: list[ShardRecord]
+    validation: ShardRecord
+    test: ShardRecord | None
+
+    @classmethod
+    def read(cls, path: Path) -> "Inventory":
+        """:raises UserError: if the file is missing or not an inventory."""
+        content = read_json(path)
+        test: dict[str, Any] | None = content["test"]
+        return cls(
+            pool=[ShardRecord(**record) for record in content["shards"]],
+            validation=ShardRecord(**content["validation"]),
+            test=ShardRecord(**test) if test else None,
+        )
+
+    def write(self, path: Path) -> None:
+        write_json(
+            path,
+            {
+                "schema": 1,
+                "shards": [asdict(record) for record in self.pool],
+                "validation": asdict(self.validation),
+                "test": asdict(self.test) if self.test else None,
+            },
+        )
+
+    @property
+    def records(self) -> list[ShardRecord]:
+        """All of them: pool, validation, test."""
+        return [*self.pool, self.validation, *([self.test] if self.test else [])]
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the data alone, wherever it lies."""
+        return digest_json([[record.name, record.domain, record.digest] for record in self.records])

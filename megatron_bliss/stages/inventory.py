@@ -1,0 +1,88 @@
+"""`inventory`: hash and check every shard of a run once, so that later stages notice when one changes."""
+
+from pathlib import Path
+
+import numpy as np
+
+from megatron_bliss.artifacts import RunPaths
+from megatron_bliss.config import RunConfig, read_saved_config
+from megatron_bliss.data.inventory import Inventory
+from megatron_bliss.data.shards import Shard, ShardRecord, take_inventory, verify_shard
+from megatron_bliss.errors import UserError
+
+_SAMPLED_SEQUENCES = 1000  # of each shard, for the check of token ids
+
+
+def run(run_dir: Path) -> None:
+    """Write `inventory.json`, or make sure that the shards are still those in it.
+
+    :raises UserError: for a bad shard, token ids beyond the vocabulary, mixed dtypes, or a shard listed twice.
+    """
+    paths = RunPaths(Path(run_dir))
+    if paths.inventory.exists():
+        inventory = Inventory.read(paths.inventory)
+        for record in inventory.records:
+            verify_shard(record)
+    else:
+        inventory = collect(read_saved_config(paths.config))
+        inventory.write(paths.inventory)
+    num_tokens = sum(record.num_tokens for record in inventory.pool)
+    print(f"[inventory] {len(inventory.pool)} shards in the pool, {num_tokens / 1e6:.1f}M tokens", flush=True)
+
+
+def collect(config: RunConfig) -> Inventory:
+    """Hash and check the shards that the settings name."""
+    pool = take_inventory({domain.name: domain.prefixes for domain in config.data.pool})
+    [validation] = take_inventory({"validation": [config.data.validation]})
+    test = take_inventory({"test": [config.data.test]})[0] if config.data.test else None
+    inventory = Inventory(pool, validation, test)
+    _check_distinct(inventory.records)
+    _check_dtype(inventory.records)
+    for record in inventory.records:
+        _check_token_ids(record, config.data.tokenizer.vocab_size)
+    return inventory
+
+
+def run_inventory(run_dir: Path, config: RunConfig) -> Inventory:
+    """A run's inventory; that of the run it starts from if it has none of its own.
+
+    :raises UserError: if there is none.
+    """
+    path = RunPaths(Path(run_dir)).inventory
+    if not path.exists() and config.warmup.start_from:
+        path = RunPaths(Path(config.warmup.start_from)).inventory
+    return Inventory.read(path)
+
+
+def _check_distinct(records: list[ShardRecord]) -> None:
+    seen: dict[str, ShardRecord] = {}
+    for record in records:
+        if not record.num_sequences:
+            raise UserError(f"shard {record.prefix} has no sequence in it; leave it out or build it again")
+        first = seen.setdefault(record.digest, record)
+        if first is not record:
+            raise UserError(
+                f"shards {first.prefix} ({first.domain}) and {record.prefix} ({record.domain}) are the same data: "
+                "list it once, and keep validation and test data out of the pool"
+            )
+
+
+def _check_dtype(records: list[ShardRecord]) -> None:
+    first = records[0]
+    for record in records:
+        if record.dtype != first.dtype:
+            raise UserError(
+                f"shard {record.prefix} has {record.dtype} tokens, {first.prefix} has {first.dtype}: were they made "
+                "with the same tokenizer? build them all with one"
+            )
+
+
+def _check_token_ids(record: ShardRecord, vocab_size: int) -> None:
+    shard = Shard(record.prefix)
+    for sequence_id in np.unique(np.linspace(0, len(shard) - 1, _SAMPLED_SEQUENCES, dtype=np.int64)):
+        tokens = shard[sequence_id]
+        if len(tokens) and not 0 <= (worst := tokens.max() if tokens.min() >= 0 else tokens.min()) < vocab_size:
+            raise UserError(
+                f"sequence {sequence_id} of shard {record.prefix} has token id {worst}, but "
+                f"data.tokenizer.vocab_size is {vocab_size}; give the size of the tokenizer the shard was made with"
+            )
