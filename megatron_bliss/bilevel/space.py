@@ -5,7 +5,7 @@ float64 where the parameters are (the toy models of the tests). Every data-paral
 tensor-parallel rank holds its shards of the sharded parameters and a copy of the others.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -120,20 +120,34 @@ class ParameterSpace:
         return norm
 
     @contextmanager
-    def perturbed(self, direction: Sequence[Tensor], epsilon: Tensor | float) -> Iterator[None]:
-        """Inside, the parameters are θ + εz; afterwards every byte of them and of the masters is what it was."""
+    def displaced(self, direction: Sequence[Tensor]) -> Iterator[Callable[[Tensor | float], None]]:
+        """Yield `move_to(ε)`, which puts the parameters to θ + εz, as often as it is called.
+
+        Afterwards every byte of them and of the masters is what it was.
+        """
         saved = [master.clone() for master in self.masters]
-        try:
-            with torch.no_grad():
-                for master, part in zip(self.masters, direction, strict=True):
-                    # addcmul takes epsilon as a tensor: no wait for the device
-                    master.addcmul_(part, torch.as_tensor(epsilon, dtype=master.dtype, device=master.device))
+
+        @torch.no_grad()
+        def move_to(epsilon: Tensor | float) -> None:
+            for master, original, part in zip(self.masters, saved, direction, strict=True):
+                # epsilon stays a tensor: no wait for the device
+                step = torch.as_tensor(epsilon, dtype=master.dtype, device=master.device)
+                torch.addcmul(original, part, step, out=master)
             self.push()
-            yield
+
+        try:
+            yield move_to
         finally:
             for master, original in zip(self.masters, saved, strict=True):
                 master.copy_(original)
             self.push()
+
+    @contextmanager
+    def perturbed(self, direction: Sequence[Tensor], epsilon: Tensor | float) -> Iterator[None]:
+        """Inside, the parameters are θ + εz; afterwards every byte of them and of the masters is what it was."""
+        with self.displaced(direction) as move_to:
+            move_to(epsilon)
+            yield
 
 
 def _sum_buckets_(tensors: Vector, group: Any) -> None:

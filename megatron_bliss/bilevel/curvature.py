@@ -1,0 +1,191 @@
+"""Curvature of the lower level along a vector: H v with H = ∇²_pp G on one global batch.
+
+Every kind offers two things. `evaluate` is what one step needs at one point, along the z of that moment: the gradient
+of G, Hz and g_i, sharing what is the same computation. `product` is Hv alone, for solvers that need more of them.
+
+    none                 H taken as 0: the control that every other kind must beat
+    finite-difference    (∇G(θ + εz) − ∇G(θ − εz)) / 2ε. The mean of the same two gradients is ∇G(θ) up to
+                         O(ε²‖z‖²), below float32 rounding, and their losses give g_i: two forward-backward passes
+                         in all
+    exact                double backward through plain torch operations, on one rank: the oracle
+
+λ‖θ‖² is added in closed form.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_bliss.bilevel.hypergradient import difference_step, directional_derivatives
+from megatron_bliss.bilevel.levels import LowerLevel
+from megatron_bliss.bilevel.space import ParameterSpace, Vector, group_size, group_sum_
+from megatron_bliss.errors import UserError
+
+
+@dataclass
+class Pool[Batch]:
+    """The lower level at one step: a global batch with its weights."""
+
+    level: LowerLevel[Batch]
+    batches: Sequence[Batch]  # this rank's micro-batches
+    weights: Tensor  # P_i, [local]
+    ridge: float  # λ
+
+    def gradient(self) -> tuple[Vector, Tensor, Tensor]:
+        """∇G at the parameters of this moment (reduced), L_i [local], and the mean KL (a scalar, global)."""
+        space = self.level.space
+        gradient, losses, kl = space.zeros(), [], []
+        for batch, weights in zip(self.batches, self.split(), strict=True):
+            terms = self.level.add_gradient(batch, weights, gradient)
+            losses.append(terms.losses)
+            kl.append(terms.kl)
+        space.reduce_gradients(gradient)
+        return self.add_ridge_(gradient, space.masters), torch.cat(losses), self.total_kl(kl)
+
+    def split(self) -> Sequence[Tensor]:
+        """The weights of each micro-batch; they all have the same number of sequences but for the last."""
+        return self.weights.split(-(-self.weights.numel() // len(self.batches)))
+
+    def total_kl(self, parts: Sequence[Tensor]) -> Tensor:
+        return group_sum_(torch.stack(list(parts)).sum(), self.level.space.dp_group)
+
+    def add_ridge_(self, vector: Vector, point: Sequence[Tensor]) -> Vector:
+        """Add 2λ times a point: ∇λ‖θ‖² at θ, and its Hessian's product with v at v."""
+        if self.ridge:
+            torch._foreach_add_(vector, list(point), alpha=2 * self.ridge)
+        return vector
+
+
+@dataclass
+class Evaluation:
+    """What a step needs of the pool batch."""
+
+    gradient: Vector  # ∇G
+    product: Vector | None  # Hz; None where no curvature is used
+    derivatives: Tensor  # g_i along z, [local]
+    losses: Tensor  # L_i, [local]
+    kl: Tensor  # global mean, scalar
+
+
+class Curvature(Protocol):
+    def evaluate[Batch](self, pool: Pool[Batch], z: Vector) -> Evaluation: ...
+
+    def product[Batch](self, pool: Pool[Batch], v: Vector) -> Vector | None: ...
+
+
+class NoCurvature:
+    """H = 0."""
+
+    def evaluate[Batch](self, pool: Pool[Batch], z: Vector) -> Evaluation:
+        gradient, losses, kl = pool.gradient()
+        return Evaluation(gradient, None, directional_derivatives(pool.level, pool.batches, z), losses, kl)
+
+    def product[Batch](self, pool: Pool[Batch], v: Vector) -> Vector | None:
+        return None
+
+
+class FiniteDifference:
+    """Central differences of ordinary gradients: runs wherever training runs, at the memory of a training step."""
+
+    def evaluate[Batch](self, pool: Pool[Batch], z: Vector) -> Evaluation:
+        level, space = pool.level, pool.level.space
+        epsilon = difference_step(space, z)
+        plus, minus = space.zeros(), space.zeros()
+        sides: dict[int, list[Tensor]] = {1: [], -1: []}
+        kl: list[Tensor] = []
+        with space.displaced(z) as move_to:
+            # both sides of one micro-batch after each other, so that what it needs (the target's logits) is made once
+            for batch, weights in zip(pool.batches, pool.split(), strict=True):
+                for sign, gradient in ((1, plus), (-1, minus)):
+                    move_to(sign * epsilon)
+                    terms = level.add_gradient(batch, weights, gradient)
+                    sides[sign].append(terms.losses)
+                    kl.append(terms.kl / 2)
+        difference, mean = plus, minus  # in place: two vectors do
+        torch._foreach_sub_(difference, minus)
+        torch._foreach_add_(mean, difference, alpha=0.5)
+        for part in difference:
+            part.div_((2 * epsilon).to(part.dtype))
+        space.reduce_gradients(mean)
+        space.reduce_gradients(difference)
+        high, low = torch.cat(sides[1]), torch.cat(sides[-1])
+        return Evaluation(
+            gradient=pool.add_ridge_(mean, space.masters),
+            product=pool.add_ridge_(difference, z),
+            derivatives=(high - low) / (2 * epsilon).to(high.dtype),
+            losses=(high + low) / 2,
+            kl=pool.total_kl(kl),
+        )
+
+    def product[Batch](self, pool: Pool[Batch], v: Vector) -> Vector | None:
+        return self.evaluate(pool, v).product
+
+
+class Exact:
+    """Double backward. The levels must be twice differentiable (`check_exact`).
+
+    :raises UserError: with more than one tensor-parallel rank: the second derivative of Megatron's tensor-parallel
+        collectives is missing.
+    """
+
+    def __init__(self, space: ParameterSpace) -> None:
+        if group_size(space.tp_group) > 1:
+            raise UserError(
+                f"bilevel.curvature=exact needs proxy.tensor_parallel=1, not {group_size(space.tp_group)}: set it to "
+                "1, or take bilevel.curvature=finite-difference, which runs at any size"
+            )
+
+    def evaluate[Batch](self, pool: Pool[Batch], z: Vector) -> Evaluation:
+        gradient, losses, kl = pool.gradient()
+        derivatives = directional_derivatives(pool.level, pool.batches, z)
+        return Evaluation(gradient, self.product(pool, z), derivatives, losses, kl)
+
+    def product[Batch](self, pool: Pool[Batch], v: Vector) -> Vector | None:
+        space = pool.level.space
+        total = space.zeros()
+        for batch, weights in zip(pool.batches, pool.split(), strict=True):
+            value = pool.level.objective(batch, weights)
+            # a parameter that G is linear in, or does not use, has no second derivative: zeros
+            slopes = torch.autograd.grad(value, space.parameters, create_graph=True, allow_unused=True)
+            along = sum(
+                (
+                    (slope * part.to(slope.dtype)).sum()
+                    for slope, part in zip(slopes, v, strict=True)
+                    if slope is not None
+                ),
+                start=value.new_zeros(()),
+            )
+            products = torch.autograd.grad(along, space.parameters, allow_unused=True)
+            for part, product in zip(total, products, strict=True):
+                if product is not None:
+                    part.add_(product)
+        return pool.add_ridge_(space.reduce_gradients(total), v)
+
+
+def check_exact[Batch](pool: Pool[Batch], v: Vector, tolerance: float = 5e-2) -> None:
+    """Compare the double backward with a central difference once, before it is trusted.
+
+    Kernels whose second derivative is silently wrong are off by far more than differences in float32 are.
+
+    :raises UserError: if the two disagree by more than `tolerance`, relative.
+    """
+    space = pool.level.space
+    exact, differences = Exact(space).product(pool, v), FiniteDifference().product(pool, v)
+    assert exact is not None
+    assert differences is not None
+    error = float(space.norm(torch._foreach_sub(exact, differences)) / space.norm(differences))
+    if not error < tolerance:
+        raise UserError(
+            f"bilevel.curvature=exact: the model's second derivative is off by {error:.1%} from a finite difference "
+            "(a fused kernel without one); take bilevel.curvature=finite-difference"
+        )
+
+
+def make_curvature(name: str, space: ParameterSpace) -> Curvature:
+    """By the name in `bilevel.curvature`."""
+    if name == "exact":
+        return Exact(space)
+    return NoCurvature() if name == "none" else FiniteDifference()

@@ -1,0 +1,54 @@
+"""Derivatives along z by central differences, and the score model's gradient from them.
+
+ε = √(machine ε) (1 + ‖θ‖) / ‖z‖          the displacement is that fraction of the parameters, whatever z's scale
+g_i = (L_i(θ + εz) − L_i(θ − εz)) / 2ε     for the whole batch from two forward passes
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_bliss.bilevel.levels import LowerLevel, UpperLevel
+from megatron_bliss.bilevel.objective import scores_from_logits
+from megatron_bliss.bilevel.space import ParameterSpace, Vector
+
+
+def difference_step(space: ParameterSpace, direction: Sequence[Tensor]) -> Tensor:
+    """ε for central differences along a direction, a float64 scalar tensor; finite for a zero direction too."""
+    size = 1 + space.norm(space.masters)
+    return space.machine_epsilon**0.5 * size / space.norm(direction).clamp_min(1e-30)
+
+
+def directional_derivatives[Batch](lower: LowerLevel[Batch], batches: Sequence[Batch], z: Vector) -> Tensor:
+    """g_i = ⟨z, ∇L_i⟩ of this rank's sequences, [local]: two forward passes."""
+    epsilon = difference_step(lower.space, z)
+    with torch.no_grad():
+        with lower.space.perturbed(z, epsilon):
+            plus = torch.cat([lower.losses(batch) for batch in batches])
+        with lower.space.perturbed(z, -epsilon):
+            minus = torch.cat([lower.losses(batch) for batch in batches])
+    return (plus - minus) / (2 * epsilon).to(plus.dtype)
+
+
+def harvest_(parameters: Sequence[Tensor], gradient: Vector) -> None:
+    """Move the parameters' `.grad` onto `gradient`, in its precision, and leave them without one."""
+    for parameter, total in zip(parameters, gradient, strict=True):
+        if parameter.grad is not None:
+            total.add_(parameter.grad)
+            parameter.grad = None
+
+
+def score_gradient[Batch](upper: UpperLevel[Batch], batches: Sequence[Batch], coefficients: Tensor) -> Vector:
+    """∇Φ = Σ_i c_i ∇s_i, reduced over all ranks: one backward pass a micro-batch, whose graph is gone after it.
+
+    :param coefficients: c_i of this rank's sequences in the order of `batches`, [local].
+    """
+    gradient, start = upper.space.zeros(), 0
+    for batch in batches:
+        scores = scores_from_logits(upper.logits(batch))
+        part = coefficients[start : start + scores.numel()]
+        (scores * part.to(scores.dtype)).sum().backward()
+        harvest_(upper.space.parameters, gradient)
+        start += scores.numel()
+    return upper.space.reduce_gradients(gradient)

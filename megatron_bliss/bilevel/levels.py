@@ -1,0 +1,53 @@
+"""What the loop asks of the two levels. Toy models and Megatron models fit alike.
+
+`Batch` is one micro-batch of this rank: the levels make and read it, the loop only passes it on. A method is called
+at the parameters of that moment, so that a perturbation around it is felt.
+"""
+
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from megatron_bliss.bilevel.space import ParameterSpace, Vector
+
+
+class LowerTerms(NamedTuple):
+    """One micro-batch's part of the lower level, without a graph."""
+
+    losses: Tensor  # L_i, [b]
+    kl: Tensor  # this micro-batch's summand of the global mean KL, scalar
+
+
+class LowerLevel[Batch](Protocol):
+    """G and f as functions of the proxy's parameters."""
+
+    space: ParameterSpace
+
+    def add_gradient(self, batch: Batch, weights: Tensor, gradient: Vector) -> LowerTerms:
+        """Add this micro-batch's ∇(Σ P_i L_i + γ KL) to `gradient`, not reduced over ranks.
+
+        :param weights: P_i, [b].
+        """
+        ...
+
+    def losses(self, batch: Batch) -> Tensor:
+        """L_i, [b], without a graph."""
+        ...
+
+    def objective(self, batch: Batch, weights: Tensor) -> Tensor:
+        """This micro-batch's Σ P_i L_i + γ KL with a graph that can be differentiated twice."""
+        ...
+
+    def add_validation_gradient(self, batch: Batch, gradient: Vector) -> Tensor:
+        """Add this micro-batch's part of ∇f to `gradient`, not reduced; returns its summand of f, a scalar."""
+        ...
+
+
+class UpperLevel[Batch](Protocol):
+    """The score model."""
+
+    space: ParameterSpace
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Raw scores, [b], with a graph where gradients are enabled."""
+        ...
