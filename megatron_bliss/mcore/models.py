@@ -1,0 +1,195 @@
+"""The one place where Megatron-Core language models are built and run forward.
+
+Transformer Engine's layers and the fused kernels are used where a GPU is there and they can be imported, Megatron's
+local layers elsewhere; parameters have the same names in checkpoints either way. Fusing gradient accumulation into
+the backward pass (Apex) is left to `pretrain()`: it writes into `main_grad` buffers, while gradients here are values.
+"""
+
+import importlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+import torch.distributed
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from torch import Tensor
+
+from megatron_bliss.config import ModelConfig
+from megatron_bliss.errors import UserError
+from megatron_bliss.mcore.architectures import Architecture, resolve
+from megatron_bliss.mcore.batches import Batch
+from megatron_bliss.mcore.parallel import ParallelContext
+
+# GPTModel announces its successor at every construction; pretrain_gpt.py builds it nevertheless
+logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Which implementations are used."""
+
+    transformer_engine: bool  # layers, norms and attention
+    apex_norm: bool  # Apex's fused LayerNorm in local layers
+    fused_softmax: bool  # Megatron's CUDA softmax in local layers, bf16 only
+    fused_activation: bool  # bias and activation in one kernel, as pretrain() has it on GPUs
+
+    def __str__(self) -> str:
+        layers = "Transformer Engine" if self.transformer_engine else "Megatron's local ones"
+        norms = "Transformer Engine" if self.transformer_engine else "Apex" if self.apex_norm else "torch"
+        return (
+            f"layers: {layers}, norms: {norms}, fused softmax: {'yes' if self.fused_softmax else 'no'}, "
+            f"fused bias and activation: {'yes' if self.fused_activation else 'no'}"
+        )
+
+
+def choose_kernels(on_gpu: bool, is_importable: Callable[[str], bool]) -> Kernels:
+    """The best of what is there. Nothing but plain torch is used without a GPU."""
+    transformer_engine = on_gpu and is_importable("transformer_engine.pytorch")
+    local = on_gpu and not transformer_engine
+    return Kernels(
+        transformer_engine=transformer_engine,
+        apex_norm=local and is_importable("apex.normalization.fused_layer_norm"),
+        fused_softmax=local and is_importable("scaled_upper_triang_masked_softmax_cuda"),
+        fused_activation=on_gpu,
+    )
+
+
+def _is_importable(module: str) -> bool:
+    try:
+        importlib.import_module(module)
+    except ImportError:
+        return False
+    return True
+
+
+@cache
+def available_kernels() -> Kernels:
+    """The choice for this process, printed once by the first rank."""
+    kernels = choose_kernels(torch.cuda.is_available(), _is_importable)
+    if torch.distributed.get_rank() == 0:
+        print(f"[models] {kernels}", flush=True)
+    return kernels
+
+
+def build_language_model(
+    model: ModelConfig, vocab_size: int, context: ParallelContext, recompute: bool = False
+) -> GPTModel:
+    """A randomly initialised GPTModel on this rank's device; the same weights at every tensor-parallel size.
+
+    Parameters are float32, or bfloat16 where `model.bf16` says so (masters: `space.parameter_space`).
+
+    :param vocab_size: of the tokenizer, before padding.
+    :param recompute: recompute activations layer by layer in the backward pass instead of keeping them.
+    :raises UserError: if the architecture does not fit the tensor-parallel size.
+    """
+    return place(GPTModel(**gpt_arguments(model, vocab_size, context, recompute)), model, context)
+
+
+def place(model: GPTModel, config: ModelConfig, context: ParallelContext) -> GPTModel:
+    """Give a model its dtype and device."""
+    return model.to(device=context.device, dtype=torch.bfloat16 if config.bf16 else torch.float32)
+
+
+def gpt_arguments(
+    model: ModelConfig, vocab_size: int, context: ParallelContext, recompute: bool = False
+) -> dict[str, Any]:
+    """What GPTModel's constructor takes."""
+    architecture = resolve(model)
+    _check_divisible(architecture, model, context.tp_size)
+    kernels = available_kernels()
+    config = transformer_config(architecture, kernels, model.bf16, context, recompute)
+    return {
+        "config": config,
+        "transformer_layer_spec": layer_spec(config, kernels),
+        "parallel_output": True,
+        **architecture.gpt_model_kwargs(vocab_size),
+    }
+
+
+def transformer_config(
+    architecture: Architecture, kernels: Kernels, bf16: bool, context: ParallelContext, recompute: bool
+) -> TransformerConfig:
+    # weights are drawn on the CPU: there Megatron draws whole matrices and cuts them, so that they do not depend on TP
+    kwargs: dict[str, Any] = {
+        "tensor_model_parallel_size": context.tp_size,
+        "sequence_parallel": context.sequence_parallel,
+        "use_cpu_initialization": True,
+        "bf16": bf16,
+        "params_dtype": torch.bfloat16 if bf16 else torch.float32,
+        "transformer_impl": "transformer_engine" if kernels.transformer_engine else "local",
+        "masked_softmax_fusion": kernels.fused_softmax,
+        # fused GeLU is GeLU with a bias added; SwiGLU does without
+        "bias_activation_fusion": kernels.fused_activation and (architecture.bias or architecture.activation != "gelu"),
+        "gradient_accumulation_fusion": False,
+        "persist_layer_norm": kernels.apex_norm,
+    }
+    if recompute:
+        kwargs |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    return TransformerConfig(**architecture.transformer_config_kwargs(), **kwargs)
+
+
+def layer_spec(config: TransformerConfig, kernels: Kernels) -> Any:
+    """Modules of the transformer's layers and of its last norm."""
+    if kernels.transformer_engine:
+        return get_gpt_layer_with_transformer_engine_spec()
+    layer = get_gpt_layer_local_spec(normalization=config.normalization)
+    if kernels.apex_norm and config.normalization == "LayerNorm":
+        from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
+
+        norm: Any = FusedLayerNorm
+    else:
+        norm = torch_norm
+    layer.submodules = replace(layer.submodules, input_layernorm=norm, pre_mlp_layernorm=norm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * config.num_layers, layer_norm=norm)
+
+
+def torch_norm(config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> torch.nn.Module:
+    """Torch's LayerNorm or RMSNorm, marked for sequence parallelism, which Megatron's own wrapper refuses."""
+    kind = torch.nn.RMSNorm if config.normalization == "RMSNorm" else torch.nn.LayerNorm
+    norm = kind(hidden_size, eps=eps)
+    for parameter in norm.parameters():
+        parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+    return norm
+
+
+def _check_divisible(architecture: Architecture, model: ModelConfig, tp_size: int) -> None:
+    for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
+        if (value := getattr(architecture, name)) % tp_size:
+            raise UserError(
+                f"model {model.preset!r} has {name} {value}, which tensor_parallel = {tp_size} does not divide; "
+                "choose another tensor-parallel size"
+            )
+
+
+def token_losses(model: GPTModel, batch: Batch) -> Tensor:
+    """Next-token cross-entropy of every position, padding included: float32 [b, s], the same on all TP ranks."""
+    losses: Tensor = model(batch.tokens, positions(batch.tokens), None, labels=batch.labels)
+    return losses.float()
+
+
+def logits(model: GPTModel, tokens: Tensor) -> Tensor:
+    """This rank's part of the vocabulary: [b, s, padded vocabulary / tp], in the model's dtype (a view of [s, b, …])."""
+
+    def processor(hidden_states: Tensor, output_layer: Any, **_: Any) -> Tensor:
+        return output_layer(hidden_states)[0].transpose(0, 1)
+
+    return model(tokens, positions(tokens), None, output_processor=processor)
+
+
+def hidden(model: GPTModel, tokens: Tensor) -> Tensor:
+    """What the last norm gives: [s, b, h]; under sequence parallelism this rank's part [s / tp, b, h]."""
+    return model(tokens, positions(tokens), None, output_processor=lambda hidden_states, **_: hidden_states)
+
+
+def positions(tokens: Tensor) -> Tensor:
+    """Position ids of tokens [b, s]: [b, s], each row 0 … s-1."""
+    return torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
