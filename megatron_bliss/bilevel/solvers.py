@@ -55,9 +55,9 @@ class Averaged:
         z ← z − α ((H + δI) z − b),  α = min(lr, 1 / (δ + ‖Hz‖²/zᵀHz))
 
     ‖Hz‖²/zᵀHz is at most the largest eigenvalue of a positive semi-definite H, so α is a stable step along z whatever
-    the lr. For such an H every step satisfies ‖z'‖ ≤ (1 − αδ)‖z‖ + α‖b‖. Curvature that breaks this (zᵀHz < 0, or a
-    product that is not finite) is not applied: that step uses H = 0, which keeps the bound, and is counted. A right-hand
-    side that is not finite leaves z as it is, and is counted.
+    the lr, and every step satisfies ‖z'‖ ≤ (1 − αδ)‖z‖ + α‖b‖. Curvature that breaks this (zᵀHz < 0, or a product
+    that is not finite) is not applied: that step takes H = 0, which keeps the bound, and is counted. A right-hand side
+    that is not finite is replaced by the average so far, and is counted.
 
     Without curvature z is b itself.
     """

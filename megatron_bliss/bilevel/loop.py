@@ -1,0 +1,223 @@
+"""The bilevel loop (arXiv 2510.06048, algorithm 1): one object that takes outer steps and can be stopped and resumed.
+
+An outer step sees a global batch of the pool and one of the validation set, and makes T AdamW steps on the proxy, an
+update of z and one AdamW step on the score model.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_bliss.bilevel.curvature import Curvature, Pool
+from megatron_bliss.bilevel.hypergradient import directional_derivatives, score_gradient
+from megatron_bliss.bilevel.levels import LowerLevel, UpperLevel
+from megatron_bliss.bilevel.objective import (
+    Weights,
+    entropy,
+    importance_weights,
+    score_coefficients,
+    scores_from_logits,
+)
+from megatron_bliss.bilevel.solvers import Solution, Solver
+from megatron_bliss.bilevel.space import ParameterSpace, Vector, group_sum_
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """Numbers of the loop; `config.BilevelConfig` says what each means."""
+
+    outer_steps: int
+    inner_steps: int = 1
+    lr_proxy: float = 1e-5
+    lr_score: float = 1e-5
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip_grad: float = 1.0
+    lr_warmup_fraction: float = 0.1
+    ridge: float = 1e-6  # λ
+    weights: Weights = "softmax"
+
+
+def lr_factor(step: int, steps: int, warmup_fraction: float) -> float:
+    """Linear warm-up over a fraction of the steps, then a cosine to zero, at a 0-based step."""
+    warmup = round(steps * warmup_fraction)
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class AdamW:
+    """AdamW on a space's masters, with clipping, and a push to the model's parameters after each step."""
+
+    def __init__(self, space: ParameterSpace, lr: float, settings: LoopSettings) -> None:
+        self.space, self.lr, self.clip_grad = space, lr, settings.clip_grad
+        self.optimizer = torch.optim.AdamW(
+            space.masters, lr=lr, betas=settings.betas, weight_decay=settings.weight_decay
+        )
+
+    def step(self, gradient: Vector, factor: float) -> Tensor:
+        """:param gradient: reduced; clipped in place. :param factor: of the learning rate.
+
+        A gradient that is not finite takes no part: it counts as zero.
+
+        :returns: the gradient's norm before clipping.
+        """
+        norm = self.space.norm(gradient)
+        is_sound = torch.isfinite(norm)
+        gradient = [torch.where(is_sound, part, 0.0) for part in gradient]
+        self.space.clip(gradient, self.clip_grad)
+        for master, part in zip(self.space.masters, gradient, strict=True):
+            master.grad = part
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * factor
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.space.push()
+        return norm
+
+    def moments(self) -> dict[str, Vector]:
+        """The two running averages as vectors; zeros before the first step."""
+        states = [self.optimizer.state.get(master, {}) for master in self.space.masters]
+        zeros = self.space.zeros()
+        return {name: [state.get(name, zero) for state, zero in zip(states, zeros, strict=True)] for name in MOMENTS}
+
+    def load_moments(self, moments: dict[str, Vector], count: int) -> None:
+        """:param count: optimizer steps taken so far."""
+        for index, master in enumerate(self.space.masters):
+            self.optimizer.state[master] = {
+                "step": torch.tensor(float(count)),
+                **{name: vector[index] for name, vector in moments.items()},
+            }
+
+
+class BilevelLoop[Batch]:
+    """:param lower: proxy, target and validation loss. :param upper: score model."""
+
+    def __init__(
+        self,
+        lower: LowerLevel[Batch],
+        upper: UpperLevel[Batch],
+        curvature: Curvature,
+        solver: Solver,
+        settings: LoopSettings,
+    ) -> None:
+        self.lower, self.upper, self.curvature, self.solver, self.settings = lower, upper, curvature, solver, settings
+        self.proxy_optimizer = AdamW(lower.space, settings.lr_proxy, settings)
+        self.score_optimizer = AdamW(upper.space, settings.lr_score, settings)
+        self.steps_done = 0
+
+    def step(self, batches: Sequence[Batch], validation: Sequence[Batch]) -> dict[str, float]:
+        """One outer step.
+
+        :param batches: this rank's micro-batches of the pool; all but the last have equally many sequences.
+        :param validation: this rank's micro-batches of the validation set.
+        :returns: metrics, equal on all ranks but for rounding.
+        """
+        factor = lr_factor(self.steps_done, self.settings.outer_steps, self.settings.lr_warmup_fraction)
+        with torch.no_grad():
+            logits = torch.cat([self.upper.logits(batch) for batch in batches])
+            weights = self._weights(logits)
+        pool = Pool(self.lower, batches, weights, self.settings.ridge)
+        if self.solver.is_simultaneous:
+            losses, kl, value, derivatives, solution = self._simultaneous(pool, validation, factor)
+        else:
+            losses, kl, value, derivatives, solution = self._sequential(pool, validation, factor)
+        coefficients = score_coefficients(weights, derivatives, self.settings.weights, self._dp_group)
+        score_norm = self.score_optimizer.step(score_gradient(self.upper, batches, coefficients), factor)
+        self.steps_done += 1
+        return self._metrics(logits, weights, losses, kl, value, solution, score_norm)
+
+    @property
+    def _dp_group(self) -> Any:
+        return self.lower.space.dp_group
+
+    def _weights(self, logits: Tensor) -> Tensor:
+        return importance_weights(scores_from_logits(logits), self.settings.weights, self._dp_group)
+
+    def _simultaneous(self, pool: Pool[Batch], validation: Sequence[Batch], factor: float) -> "_Outcome":
+        """All directions from one point and one z (SOBA, arXiv 2201.13409): the last inner step shares its gradient."""
+        for _ in range(self.settings.inner_steps - 1):
+            self.proxy_optimizer.step(pool.gradient()[0], factor)
+        evaluation = self.curvature.evaluate(pool, self.solver.z)
+        value, gradient = self._validation(validation)
+        solution = self.solver.step(lambda v: self.curvature.product(pool, v), gradient, evaluation.product)
+        self.proxy_optimizer.step(evaluation.gradient, factor)
+        return evaluation.losses, evaluation.kl, value, evaluation.derivatives, solution
+
+    def _sequential(self, pool: Pool[Batch], validation: Sequence[Batch], factor: float) -> "_Outcome":
+        """Inner steps, then z at the point they reach, then g_i along it: the order of the paper."""
+        for _ in range(self.settings.inner_steps):
+            inner_gradient, losses, kl = pool.gradient()
+            self.proxy_optimizer.step(inner_gradient, factor)
+        value, gradient = self._validation(validation)
+        solution = self.solver.step(lambda v: self.curvature.product(pool, v), gradient)
+        return losses, kl, value, directional_derivatives(pool.level, pool.batches, self.solver.z), solution
+
+    def _validation(self, batches: Sequence[Batch]) -> tuple[Tensor, Vector]:
+        """f and ∇f over the global validation batch."""
+        gradient = self.lower.space.zeros()
+        value = torch.stack([self.lower.add_validation_gradient(batch, gradient) for batch in batches]).sum()
+        return group_sum_(value, self._dp_group), self.lower.space.reduce_gradients(gradient)
+
+    def _metrics(
+        self,
+        logits: Tensor,
+        weights: Tensor,
+        losses: Tensor,
+        kl: Tensor,
+        value: Tensor,
+        solution: Solution,
+        score_norm: Tensor,
+    ) -> dict[str, float]:
+        group = self._dp_group
+        sums = torch.stack([torch.ones_like(logits).sum(), logits.sum(), logits.square().sum(), losses.sum()]).double()
+        sums = torch.cat([sums, (weights * losses).sum().double()[None], weights.sum().double()[None]])
+        count, total, squares, loss, weighted, weight = group_sum_(sums, group)
+        figures = {
+            "train_loss": loss / count,
+            "weighted_loss": weighted / weight,
+            "validation_loss": value,
+            "kl": kl,
+            "weight_entropy": entropy(weights, group),
+            "z_norm": solution.norm,
+            "residual": solution.residual,
+            "contained": solution.contained,
+            "score_mean": total / count,
+            "score_std": (squares / count - (total / count).square()).clamp_min(0).sqrt(),
+            "score_gradient_norm": score_norm,
+        }
+        numbers = torch.stack([figure.detach().double() for figure in figures.values()]).tolist()  # waits, once a step
+        return dict(zip(figures, numbers, strict=True))
+
+    def vectors(self) -> tuple[dict[str, Vector], dict[str, Vector]]:
+        """What a checkpoint holds: vectors like the proxy's and like the score model's parameters, by name."""
+        lower = {"master": self.lower.space.masters, **self.proxy_optimizer.moments()}
+        upper = {"master": self.upper.space.masters, **self.score_optimizer.moments()}
+        return lower | self.solver.state_dict()["vectors"], upper
+
+    def scalars(self) -> dict[str, Any]:
+        return {"steps_done": self.steps_done, "solver": self.solver.state_dict()["scalars"]}
+
+    @torch.no_grad()
+    def load(self, lower: dict[str, Vector], upper: dict[str, Vector], scalars: dict[str, Any]) -> None:
+        """Continue from what `vectors()` and `scalars()` returned, to the same numbers."""
+        self.steps_done = int(scalars["steps_done"])
+        for space, optimizer, vectors, count in (
+            (self.lower.space, self.proxy_optimizer, lower, self.steps_done * self.settings.inner_steps),
+            (self.upper.space, self.score_optimizer, upper, self.steps_done),
+        ):
+            torch._foreach_copy_(space.masters, vectors["master"])
+            space.push()
+            optimizer.load_moments({name: vectors[name] for name in MOMENTS}, count)
+        solver_vectors = {name: vector for name, vector in lower.items() if name not in ("master", *MOMENTS)}
+        self.solver.load_state_dict({"vectors": solver_vectors, "scalars": scalars["solver"]})
+
+
+_Outcome = tuple[Tensor, Tensor, Tensor, Tensor, Solution]
