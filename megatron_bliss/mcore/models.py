@@ -177,7 +177,7 @@ def token_losses(model: GPTModel, batch: Batch) -> Tensor:
 
 
 def logits(model: GPTModel, tokens: Tensor) -> Tensor:
-    """This rank's part of the vocabulary: [b, s, padded vocabulary / tp], in the model's dtype (a view of [s, b, …])."""
+    """This rank's part of the vocabulary: [b, s, padded vocabulary / tp], in the model's dtype, a view of [s, b, …]."""
 
     def processor(hidden_states: Tensor, output_layer: Any, **_: Any) -> Tensor:
         return output_layer(hidden_states)[0].transpose(0, 1)

@@ -63,7 +63,7 @@ def initialize(tensor_parallel: int, sequence_parallel: bool, seed: int) -> Para
         if "MASTER_ADDR" in os.environ and "RANK" in os.environ:
             dist.init_process_group(backend)
         else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
         atexit.register(shutdown)
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()

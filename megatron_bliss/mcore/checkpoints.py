@@ -1,0 +1,283 @@
+"""Checkpoints in Megatron's torch_dist format and layout, readable at any tensor- and data-parallel size.
+
+    DIRECTORY/iter_0000010/                    torch_dist: models and vectors, each tensor cut over the ranks that held it
+    DIRECTORY/latest_checkpointed_iteration.txt   written last: a checkpoint it does not name is not there
+
+Whatever a checkpoint holds is data: pickles inside it are read with an allow-list of types (torch's `weights_only`,
+and an unpickler of our own for torch_dist's table of contents), so that a checkpoint from elsewhere cannot run code.
+"""
+
+import dataclasses
+import logging
+import os
+import pickle
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.optimizer import get_param_id_to_sharded_param_map, make_sharded_optimizer_tensor
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+
+from megatron_bliss.artifacts import atomic_write, fsync_directory
+from megatron_bliss.config import ModelConfig
+from megatron_bliss.errors import UserError
+from megatron_bliss.mcore.architectures import padded_vocab_size, resolve
+from megatron_bliss.mcore.models import build_language_model
+from megatron_bliss.mcore.parallel import ParallelContext
+
+# it recommends another package at every process's first save
+logging.getLogger("megatron.core.dist_checkpointing.strategies.torch").setLevel(logging.ERROR)
+
+LATEST = "latest_checkpointed_iteration.txt"
+MODEL = "model"  # a model of this name is saved as pretrain() would: with nothing before its parameters' names
+Vectors = Mapping[str, Mapping[str, Sequence[Tensor]]]  # by model, by name: like the model's trainable parameters
+
+
+def save(
+    directory: Path,
+    iteration: int,
+    models: Mapping[str, torch.nn.Module],
+    vectors: Vectors,
+    common: dict[str, Any],
+    keep: int = 2,
+) -> None:
+    """Save models and vectors, and leave the newest `keep` checkpoints. All ranks call it.
+
+    :param vectors: lists of tensors shaped like the trainable parameters of the model they are filed under.
+    :param common: plain numbers, strings, lists and dicts, equal on all ranks.
+    """
+    final, temporary = _iteration_path(directory, iteration), Path(directory) / f".iter_{iteration:07d}.tmp"
+    is_writer = dist.get_rank() == 0
+    if is_writer:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    dist.barrier()
+    dist_checkpointing.save(_sharded(models, vectors) | {"common": common}, str(temporary))
+    if is_writer:
+        for file in temporary.iterdir():
+            with open(file, "rb") as stream:
+                os.fsync(stream.fileno())
+        fsync_directory(temporary)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(temporary, final)
+        with atomic_write(Path(directory) / LATEST, "w") as stream:
+            stream.write(str(iteration))
+        for old in _iterations(directory)[:-keep]:
+            shutil.rmtree(_iteration_path(directory, old), ignore_errors=True)
+    dist.barrier()
+
+
+def load(directory: Path, models: Mapping[str, torch.nn.Module], vectors: Vectors) -> dict[str, Any]:
+    """Load the newest checkpoint into models and vectors, in place, and return its `common`.
+
+    :raises UserError: if there is none, or it does not fit.
+    """
+    path = find(directory)
+    state = _read(_sharded(models, vectors), path)
+    for name, model in models.items():
+        _load_parameters(model, state[name], _prefix(name))
+    with torch.no_grad():
+        for name, by_name in vectors.items():
+            for vector, tensors in by_name.items():
+                for index, tensor in enumerate(tensors):
+                    tensor.copy_(state[_vector_key(name, vector)][str(index)])
+    return dict(state["common"])
+
+
+def load_model(directory: Path, model: torch.nn.Module, name: str = MODEL, without: str | None = None) -> None:
+    """Load one model out of the newest checkpoint.
+
+    :param name: under which it was saved.
+    :param without: parameters whose names begin with this keep their values.
+    :raises UserError: if there is no checkpoint, or it does not fit.
+    """
+    sharded = model.sharded_state_dict(prefix=_prefix(name))  # type: ignore[operator]
+    if without is not None:
+        sharded = {key: value for key, value in sharded.items() if not key.startswith(_prefix(name) + without)}
+    _load_parameters(model, _read({name: sharded}, find(directory))[name], _prefix(name))
+
+
+def load_backbone(directory: Path, score_model: torch.nn.Module) -> None:
+    """Give a score model the parameters of a proxy's checkpoint; its head stays as it is."""
+    load_model(directory, score_model, without="score_head.")
+
+
+def load_target(directory: Path, context: ParallelContext, model: ModelConfig, vocab_size: int) -> GPTModel:
+    """The LLM as `pretrain()` saved it at any tensor- and pipeline-parallel size: frozen, in eval mode.
+
+    :param directory: where pretrain() saves, or one of its iter_… directories.
+    :param vocab_size: of the tokenizer, before padding.
+    :raises UserError: if the checkpoint is of another architecture or vocabulary.
+    """
+    path = find(directory)
+    _check_architecture(path, model, vocab_size)
+    target = build_language_model(model, vocab_size, context).requires_grad_(False).eval()
+    _load_parameters(target, _read({MODEL: target.sharded_state_dict()}, path)[MODEL], "")
+    return target
+
+
+def read_iteration(directory: Path) -> int | None:
+    """Iteration of the newest checkpoint, or None."""
+    try:
+        text = (Path(directory) / LATEST).read_text()
+    except FileNotFoundError:
+        return None
+    if not text.strip().isdecimal():
+        raise UserError(
+            f"{Path(directory) / LATEST} holds {text!r}, not an iteration; put the newest one's number there"
+        )
+    return int(text)
+
+
+def find(directory: Path) -> Path:
+    """The iter_… directory of the newest checkpoint, or `directory` if it is one itself.
+
+    :raises UserError: if there is none.
+    """
+    directory = Path(directory)
+    if (directory / "metadata.json").is_file():
+        return directory
+    iteration = read_iteration(directory)
+    if iteration is None or not (_iteration_path(directory, iteration) / "metadata.json").is_file():
+        raise UserError(f"{directory} holds no complete checkpoint; run the stage that writes it first")
+    return _iteration_path(directory, iteration)
+
+
+def _iteration_path(directory: Path, iteration: int) -> Path:
+    return Path(directory) / f"iter_{iteration:07d}"
+
+
+def _iterations(directory: Path) -> list[int]:
+    """Of all complete checkpoints, ascending."""
+    found = (re.fullmatch(r"iter_(\d+)", path.name) for path in Path(directory).iterdir())
+    return sorted(int(match[1]) for match in found if match)
+
+
+def _prefix(name: str) -> str:
+    return "" if name == MODEL else f"{name}."
+
+
+def _vector_key(model: str, vector: str) -> str:
+    return f"{model}/{vector}"
+
+
+def _sharded(models: Mapping[str, torch.nn.Module], vectors: Vectors) -> dict[str, Any]:
+    """Everything to be saved or loaded, each tensor with its place in the whole."""
+    state: dict[str, Any] = {}
+    for name, model in models.items():
+        sharded = model.sharded_state_dict(prefix=_prefix(name))  # type: ignore[operator]
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        places = get_param_id_to_sharded_param_map(sharded, parameters)
+        for vector, tensors in vectors.get(name, {}).items():
+            assert len(tensors) == len(parameters) == len(places)
+            state[_vector_key(name, vector)] = {
+                str(index): make_sharded_optimizer_tensor(places[index], tensor, _vector_key(name, vector))
+                for index, tensor in enumerate(tensors)
+            }
+        state[name] = sharded
+    return state
+
+
+def _read(sharded: dict[str, Any], path: Path) -> dict[str, Any]:
+    try:
+        with _only_data(path):
+            return dist_checkpointing.load(sharded, str(path))
+    except (CheckpointingException, KeyError, pickle.UnpicklingError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"checkpoint {path} cannot be loaded ({reason}); it is damaged or of another model") from error
+
+
+def _load_parameters(model: torch.nn.Module, state: Mapping[str, Any], prefix: str) -> None:
+    named = {key.removeprefix(prefix): value for key, value in state.items()}
+    problems = model.load_state_dict(named, strict=False)
+    # Megatron drops what holds no data; a head that was left out on purpose is not in `named` either
+    assert not problems.unexpected_keys, problems
+
+
+def _check_architecture(path: Path, model: ModelConfig, vocab_size: int) -> None:
+    with _only_data(path):
+        arguments = dist_checkpointing.load_common_state_dict(str(path)).get("args")
+    if arguments is None:
+        raise UserError(f"{path} was not saved by Megatron's pretrain(): it holds no arguments")
+    architecture = resolve(model)
+    expected = {
+        "num_layers": architecture.num_layers,
+        "hidden_size": architecture.hidden_size,
+        "ffn_hidden_size": architecture.ffn_hidden_size,
+        "num_attention_heads": architecture.num_attention_heads,
+        "normalization": architecture.normalization,
+        "swiglu": architecture.activation == "swiglu",
+        "add_bias_linear": architecture.bias,
+        "position_embedding_type": "rope",
+        "rotary_percent": architecture.rotary_percent,
+        "rotary_base": architecture.rotary_base,
+        "untie_embeddings_and_output_weights": True,
+        "padded_vocab_size": padded_vocab_size(vocab_size),
+    }
+    if getattr(arguments, "group_query_attention", False):
+        expected["num_query_groups"] = architecture.num_query_groups
+    for name, value in expected.items():
+        found = getattr(arguments, name, value)
+        if found != value:
+            raise UserError(
+                f"checkpoint {path} has {name} {found}, the settings of target.model and data.tokenizer ask for "
+                f"{value}; change them, or name another checkpoint"
+            )
+
+
+# Modules whose records (dataclasses and enums) torch_dist's table of contents is made of.
+_RECORD_MODULES = frozenset(
+    {
+        "torch.distributed.checkpoint.metadata",
+        "torch.distributed.checkpoint.filesystem",
+        "torch.distributed.checkpoint.planner",
+        "megatron.core.dist_checkpointing.strategies.torch",
+    }
+)
+
+
+class _ContentsUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in {
+            ("torch", "Size"),
+            ("torch.serialization", "_get_layout"),
+            ("collections", "OrderedDict"),
+        }:
+            return super().find_class(module, name)
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return super().find_class(module, name)
+        if module in _RECORD_MODULES and "." not in name:  # a dotted name would reach what the module imports
+            found = super().find_class(module, name)
+            is_record = dataclasses.is_dataclass(found) or (isinstance(found, type) and issubclass(found, Enum))
+            if is_record and found.__module__ == module:
+                return found
+        raise pickle.UnpicklingError(f"it refers to {module}.{name}, which is no part of a checkpoint")
+
+
+@contextmanager
+def _only_data(path: Path) -> Iterator[None]:
+    """Inside, reading the checkpoint can build nothing but tensors, numbers and Megatron's own records.
+
+    torch_dist unpickles its table of contents freely, and objects with `weights_only=False`: the first is checked
+    before, the second overruled.
+    """
+    with open(path / ".metadata", "rb") as stream:
+        _ContentsUnpickler(stream).load()
+    before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
+        else:
+            os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = before
