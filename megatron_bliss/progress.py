@@ -1,8 +1,13 @@
 """Progress of long work: one line that a person can read, a user can grep and the launcher can parse."""
 
+import json
+import math
 import re
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_bliss.artifacts import atomic_write
 
 _LINE = re.compile(r"^\[(?P<stage>[\w-]+)\] (?P<done>\d+)/(?P<total>\d+) (?P<unit>\S+)(?: \| (?P<rest>.*))?$")
 _MEGATRON_LINE = re.compile(r"\biteration\s+(?P<done>\d+)/\s*(?P<total>\d+) \|.*?(?:lm loss: (?P<loss>\S+))?", re.ASCII)
@@ -57,3 +62,31 @@ def parse(line: str) -> Reading | None:
         loss = re.search(r"lm loss: (\S+)", line)
         return Reading(int(match["done"]), int(match["total"]), f"loss {float(loss[1]):.4g}" if loss else "")
     return None
+
+
+class MetricsLog:
+    """metrics.jsonl: a line of numbers a step or so. Only rank 0 should hold one.
+
+    :param done: steps that are done before this process; lines beyond them, which a killed process left, are dropped.
+    """
+
+    def __init__(self, path: Path, done: int = 0) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = path.read_text().splitlines() if path.exists() else []
+        with atomic_write(path, "w") as stream:
+            stream.writelines(f"{line}\n" for line in lines if (step := _step(line)) is not None and step <= done)
+
+    def write(self, step: int, **figures: float) -> None:
+        """:param step: steps done in all. Numbers that are not finite become null."""
+        finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
+        with open(self.path, "a") as stream:
+            stream.write(json.dumps({"schema": 1, "step": step, **finite}, allow_nan=False) + "\n")
+
+
+def _step(line: str) -> int | None:
+    """Of a whole line; a kill may have cut the last one."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return None
