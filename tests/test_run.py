@@ -53,13 +53,14 @@ def test_selections_take_a_fifth_of_the_slices_tokens(finished: tuple[Path, Path
     for number in (1, 2):
         folder = run / f"round-{number:04d}/selection"
         manifest = json.loads((folder / "manifest.json").read_text())
-        kept = sum(shard["tokens_kept"] for shard in manifest["shards"])
-        offered = sum(shard["tokens_offered"] for shard in manifest["shards"])
+        kept = sum(shard["counts"]["kept_tokens"] for shard in manifest["shards"])
+        offered = sum(shard["counts"]["slice_tokens"] for shard in manifest["shards"])
         assert abs(kept - 0.2 * offered) <= 32  # within one sequence
         for shard in manifest["shards"]:
-            ids = set(np.load(folder / f"{shard['name']}.npy", allow_pickle=False).tolist())
-            assert not ids & seen.setdefault(shard["name"], set()), "rounds use disjoint slices"
-            seen[shard["name"]] |= ids
+            name = shard["record"]["name"]
+            ids = set(np.load(folder / f"{name}.npy", allow_pickle=False).tolist())
+            assert not ids & seen.setdefault(name, set()), "rounds use disjoint slices"
+            seen[name] |= ids
 
 
 def test_a_second_call_does_nothing(finished: tuple[Path, Path]) -> None:
