@@ -1,0 +1,139 @@
+"""From jsonl text to everything an experiment reads: a tokenizer of its own, one shard a domain, validation and test.
+
+The texts are held in memory; for larger pools, build shards with tools/text_to_shards.py and name them in a run's YAML.
+"""
+
+import random
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from megatron_bliss.artifacts import digest_file, digest_json, read_json, write_json
+from megatron_bliss.data.corpus import Cutting, Encoder, ensure_shard
+from megatron_bliss.data.deduplicate import deduplicate
+from megatron_bliss.data.documents import corpus_from_texts, read_documents
+from megatron_bliss.data.tokenizers import train_sentencepiece
+from megatron_bliss.errors import UserError
+
+_TOKENIZER_CHARACTERS = 5_000_000  # of the pool, at most, that the tokenizer is trained on
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Where everything lies. Prefixes are absolute paths without .bin or .idx."""
+
+    pool: dict[str, str]  # prefix of each domain
+    validation: str
+    test: str
+    tokenizer: str  # SentencePiece model
+    vocab_size: int
+
+    @property
+    def prefixes(self) -> list[str]:
+        return [*self.pool.values(), self.validation, self.test]
+
+
+def prepare(
+    pool: Path, validation: Path, test: Path, out: Path,
+    *, vocab_size: int, cut: int, seed: int, num_workers: int = 1,
+) -> Prepared:  # fmt: skip
+    """Read `NAME.jsonl` a domain from the directory `pool`, drop near-duplicates, and write everything below `out`.
+
+    The test set wins over the validation set and both win over the pool: what is like a document of theirs is dropped
+    from the pool. Documents of a domain are put in an order drawn from the seed. What an earlier call finished is kept
+    if its digests say that it is the same.
+
+    :param cut: tokens a sequence at most.
+    :raises UserError: for a bad line, an empty pool, or a set of which nothing is left.
+    """
+    out = Path(out).absolute()
+    domains = _domain_files(Path(pool), Path(validation), Path(test))
+    files = {**domains, "validation": Path(validation), "test": Path(test)}
+    inputs = {"files": [[name, digest_file(path)] for name, path in files.items()],
+              "vocab_size": vocab_size, "cut": cut, "seed": seed}  # fmt: skip
+    record = out / "corpus.json"
+    if done := _finished(record, digest_json(inputs)):
+        print(f"[corpus] {out} is complete", flush=True)
+        return done
+    texts, held_out = _without_duplicates(domains, [Path(test), Path(validation)], seed)
+    model = out / "tokenizer.model"
+    tokenizer = train_sentencepiece(_sample(list(texts.values())), model, vocab_size)
+    prefixes = {name: str(out / "pool" / name) for name in texts}
+    prepared = Prepared(prefixes, str(out / "validation"), str(out / "test"), str(model), tokenizer.vocab_size)
+    with Encoder(tokenizer, num_workers) as encoder:
+        for prefix, documents in zip(prepared.prefixes, [*texts.values(), *reversed(held_out)], strict=True):
+            ensure_shard(corpus_from_texts(Path(prefix).name, documents), prefix, encoder, Cutting(cut))
+    content = {"inputs": digest_json(inputs), "digests": _digests(prepared), "prepared": asdict(prepared)}
+    write_json(record, {"schema": 1, **content})
+    return prepared
+
+
+def _domain_files(pool: Path, validation: Path, test: Path) -> dict[str, Path]:
+    for path in (validation, test):
+        if not path.is_file():
+            raise UserError(f"{path} does not exist; give a jsonl file with a `text` field a line")
+    held_out = {validation.resolve(), test.resolve()}
+    if len(held_out) < 2:
+        raise UserError(f"{validation} is given as validation set and as test set; they must be different documents")
+    files = {path.stem: path for path in sorted(pool.glob("*.jsonl")) if path.resolve() not in held_out}
+    if not files:
+        raise UserError(f"pool {pool} holds no .jsonl files; put one NAME.jsonl a domain there, a `text` field a line")
+    return files
+
+
+def _without_duplicates(
+    domains: dict[str, Path], held_out: list[Path], seed: int
+) -> tuple[dict[str, list[str]], list[list[str]]]:
+    """Documents of each domain, in an order drawn from the seed, and of each held-out file, in their own."""
+    paths = [*held_out, *domains.values()]
+    groups = [[document.text for document in read_documents(path)] for path in paths]
+    kept = []
+    for path, group, indices in zip(paths, groups, deduplicate(groups), strict=True):
+        texts = [group[index] for index in indices]
+        print(
+            f"[corpus] {path.name}: {len(texts)} documents, {len(group) - len(texts)} near-duplicates dropped",
+            flush=True,
+        )
+        if not any(texts) and path in held_out:
+            raise UserError(f"{path} has no text that is not in the test set, too; give documents of its own")
+        kept.append(texts)
+    pool = {}
+    for name, texts in zip(domains, kept[len(held_out) :], strict=True):
+        random.Random(f"{seed} {name}").shuffle(texts)  # noqa: S311 (not cryptography)
+        if any(texts):
+            pool[name] = texts
+        else:
+            print(f"[corpus] domain {name} is left out: it has no documents of its own", flush=True)
+    if not pool:
+        raise UserError("the pool has no documents that are not near-duplicates of the held-out sets; add text")
+    return pool, kept[: len(held_out)]
+
+
+def _sample(domains: list[list[str]]) -> Iterator[str]:
+    """Of each domain the first documents, as large a part of each as of the others."""
+    total = sum(len(text) for texts in domains for text in texts)
+    part = min(1.0, _TOKENIZER_CHARACTERS / max(total, 1))
+    for texts in domains:
+        left = int(part * sum(map(len, texts)))
+        for text in texts:
+            if left <= 0:
+                break
+            yield text[:left]
+            left -= len(text)
+
+
+def _digests(prepared: Prepared) -> dict[str, str]:
+    files = [f"{prefix}{suffix}" for prefix in prepared.prefixes for suffix in (".idx", ".bin")]
+    return {path: digest_file(Path(path)) for path in [*files, prepared.tokenizer]}
+
+
+def _finished(record: Path, inputs: str) -> Prepared | None:
+    """What `record` tells of, if it was made of the same and no file of it is missing or has changed."""
+    if not record.is_file():
+        return None
+    content = read_json(record)
+    if content["inputs"] != inputs or not all(
+        Path(path).is_file() and digest_file(Path(path)) == digest for path, digest in content["digests"].items()
+    ):
+        return None
+    return Prepared(**content["prepared"])
