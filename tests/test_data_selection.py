@@ -252,6 +252,23 @@ def test_a_kill_between_data_and_manifest_loses_one_chunk_only(tmp_path: Path, m
     assert [chunk.number for chunk in open_writer(tmp_path, records, wanted, "m").pending()] == [1]
 
 
+def test_a_kill_while_starting_afresh_leaves_no_manifest_of_the_old_scores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records, wanted = [fake_record(4, "a")], {"a": np.arange(4, dtype=np.int32)}
+    writer = open_writer(tmp_path, records, wanted, "m")
+    writer.write(next(writer.pending()), np.ones(4, dtype=np.float32))
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("megatron_bliss.data.scores.write_json", killed)
+    with pytest.raises(KeyboardInterrupt):
+        open_writer(tmp_path, records, wanted, "another model")
+    with pytest.raises(UserError, match=r"manifest.json does not exist"):
+        ScoreFiles(tmp_path)
+
+
 # --- blends
 
 PARTS = [BlendPart("a", 100, 30), BlendPart("a", 100, 10), BlendPart("b", 200, 60), BlendPart("b", 50, 0)]
@@ -329,6 +346,10 @@ def test_the_digest_is_of_the_data_alone(tmp_path: Path, toy_records: list[Shard
     assert again.digest == selection.digest
     assert make_selection(tmp_path / "t", toy_records, [[1, 6], [], [0, 2]]).digest != selection.digest
     assert make_selection(tmp_path / "u", toy_records, [[1, 5], [], [0]]).digest != selection.digest
+    other_weights = [replace(shard, weight=weight) for shard, weight in zip(selection.shards, (1, 0, 3), strict=True)]
+    settings = {"method": "bliss", "seed": 1, "fraction": 0.2, "blend_policy": "pool"}
+    write_selection(tmp_path / "v", other_weights, thresholds={}, sources={}, **settings)  # type: ignore[arg-type]
+    assert Selection.open(tmp_path / "v").digest != selection.digest
 
 
 def test_damage_is_noticed(tmp_path: Path) -> None:
