@@ -31,23 +31,19 @@ class Pool[Batch]:
 
     level: LowerLevel[Batch]
     batches: Sequence[Batch]  # this rank's micro-batches
-    weights: Tensor  # P_i, [local]
+    weights: Sequence[Tensor]  # P_i of each micro-batch, [b]
     ridge: float  # λ
 
     def gradient(self) -> tuple[Vector, Tensor, Tensor]:
         """∇G at the parameters of this moment (reduced), L_i [local], and the mean KL (a scalar, global)."""
         space = self.level.space
         gradient, losses, kl = space.zeros(), [], []
-        for batch, weights in zip(self.batches, self.split(), strict=True):
+        for batch, weights in zip(self.batches, self.weights, strict=True):
             terms = self.level.add_gradient(batch, weights, gradient)
             losses.append(terms.losses)
             kl.append(terms.kl)
         space.reduce_gradients(gradient)
         return self.add_ridge_(gradient, space.masters), torch.cat(losses), self.total_kl(kl)
-
-    def split(self) -> Sequence[Tensor]:
-        """The weights of each micro-batch; they all have the same number of sequences but for the last."""
-        return self.weights.split(-(-self.weights.numel() // len(self.batches)))
 
     def total_kl(self, parts: Sequence[Tensor]) -> Tensor:
         return group_sum_(torch.stack(list(parts)).sum(), self.level.space.dp_group)
@@ -98,7 +94,7 @@ class FiniteDifference:
         kl: list[Tensor] = []
         with space.displaced(z) as move_to:
             # both sides of one micro-batch after each other, so that what it needs (the target's logits) is made once
-            for batch, weights in zip(pool.batches, pool.split(), strict=True):
+            for batch, weights in zip(pool.batches, pool.weights, strict=True):
                 for sign, gradient in ((1, plus), (-1, minus)):
                     move_to(sign * epsilon)
                     terms = level.add_gradient(batch, weights, gradient)
@@ -146,7 +142,7 @@ class Exact:
     def product[Batch](self, pool: Pool[Batch], v: Vector) -> Vector | None:
         space = pool.level.space
         total = space.zeros()
-        for batch, weights in zip(pool.batches, pool.split(), strict=True):
+        for batch, weights in zip(pool.batches, pool.weights, strict=True):
             value = pool.level.objective(batch, weights)
             # a parameter that G is linear in, or does not use, has no second derivative: zeros
             slopes = torch.autograd.grad(value, space.parameters, create_graph=True, allow_unused=True)

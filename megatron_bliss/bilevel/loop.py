@@ -116,15 +116,16 @@ class BilevelLoop[Batch]:
     def step(self, batches: Sequence[Batch], validation: Sequence[Batch]) -> dict[str, float]:
         """One outer step.
 
-        :param batches: this rank's micro-batches of the pool; all but the last have equally many sequences.
+        :param batches: this rank's micro-batches of the pool.
         :param validation: this rank's micro-batches of the validation set.
         :returns: metrics, equal on all ranks but for rounding.
         """
         factor = lr_factor(self.steps_done, self.settings.outer_steps, self.settings.lr_warmup_fraction)
         with torch.no_grad():
-            logits = torch.cat([self.upper.logits(batch) for batch in batches])
-            weights = self._weights(logits)
-        pool = Pool(self.lower, batches, weights, self.settings.ridge)
+            parts = [self.upper.logits(batch) for batch in batches]
+            logits = torch.cat(parts)
+            weights = importance_weights(scores_from_logits(logits), self.settings.weights, self._dp_group)
+        pool = Pool(self.lower, batches, weights.split([len(part) for part in parts]), self.settings.ridge)
         if self.solver.is_simultaneous:
             losses, kl, value, derivatives, solution = self._simultaneous(pool, validation, factor)
         else:
@@ -137,9 +138,6 @@ class BilevelLoop[Batch]:
     @property
     def _dp_group(self) -> Any:
         return self.lower.space.dp_group
-
-    def _weights(self, logits: Tensor) -> Tensor:
-        return importance_weights(scores_from_logits(logits), self.settings.weights, self._dp_group)
 
     def _simultaneous(self, pool: Pool[Batch], validation: Sequence[Batch], factor: float) -> "_Outcome":
         """All directions from one point and one z (SOBA, arXiv 2201.13409): the last inner step shares its gradient."""

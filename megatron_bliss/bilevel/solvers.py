@@ -52,7 +52,8 @@ class Averaged:
     """One or more damped steps on a z that is never restarted, with a running average of ∇f on the right.
 
         b ← β b + (1 − β) ∇f, divided by 1 − βᵗ                     bias-corrected exponential average
-        z ← z − α ((H + δI) z − b),  α = min(lr, 1 / (δ + ‖Hz‖²/zᵀHz))
+        z ← z − α ((H + δI) z − b),  α = min(lr, 1 / (δ + λ))
+        λ ← max(‖Hz‖²/zᵀHz, 0.99 λ)
 
     ‖Hz‖²/zᵀHz is at most the largest eigenvalue of a positive semi-definite H, so α is a stable step along z whatever
     the lr, and every step satisfies ‖z'‖ ≤ (1 − αδ)‖z‖ + α‖b‖. Curvature that breaks this (zᵀHz < 0, or a product
@@ -67,9 +68,9 @@ class Averaged:
     def __init__(self, space: ParameterSpace, lr: float, damping: float, beta: float, steps: int = 1) -> None:
         self.space, self.lr, self.damping, self.beta, self.steps = space, lr, damping, beta, steps
         self.z, self.average = space.zeros(), space.zeros()
+        self.largest = torch.zeros((), dtype=torch.float64, device=space.masters[0].device)  # λ
         self.count = 0
 
-    @torch.no_grad()
     def step(self, product: Product, gradient: Vector, first_product: Vector | None = None) -> Solution:
         space = self.space
         is_sound = torch.isfinite(space.norm(gradient))
@@ -90,8 +91,9 @@ class Averaged:
             curvature, size = space.dot(self.z, hz), space.norm(hz)
             is_used = torch.isfinite(size) & (curvature >= 0)
             contained += (~is_used).to(contained.dtype)
-            largest = torch.where(is_used & (curvature > 0), size**2 / curvature, 0.0)
-            alpha = (1 / (self.damping + largest)).clamp_max(self.lr)
+            estimate = torch.where(is_used & (curvature > 0), size**2 / curvature, 0.0)
+            self.largest = torch.maximum(estimate, 0.99 * self.largest)
+            alpha = (1 / (self.damping + self.largest)).clamp_max(self.lr)
             remainder = [
                 torch.where(is_used, part, 0.0) + self.damping * z - rhs
                 for part, z, rhs in zip(hz, self.z, b, strict=True)
@@ -103,11 +105,15 @@ class Averaged:
         return Solution(space.norm(self.z), residual, contained)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"vectors": {"z": self.z, "average": self.average}, "scalars": {"count": self.count}}
+        return {
+            "vectors": {"z": self.z, "average": self.average},
+            "scalars": {"count": self.count, "largest": float(self.largest)},
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.z, self.average = list(state["vectors"]["z"]), list(state["vectors"]["average"])
         self.count = int(state["scalars"]["count"])
+        self.largest.fill_(state["scalars"]["largest"])
 
 
 class Paper:
@@ -122,7 +128,6 @@ class Paper:
         self.space, self.lr, self.damping, self.max_norm, self.steps = space, lr, damping, max_norm, steps
         self.z = space.zeros()
 
-    @torch.no_grad()
     def step(self, product: Product, gradient: Vector, first_product: Vector | None = None) -> Solution:
         space = self.space
         start = 1 / space.numel()

@@ -1,0 +1,120 @@
+"""A bilevel problem small enough for dense linear algebra: softmax regression (strongly convex with a ridge) or a
+one-layer network (not convex), float64 unless asked otherwise. A batch is [b] samples; a sample stands for a sequence.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_bliss.bilevel.hypergradient import harvest_
+from megatron_bliss.bilevel.levels import LowerTerms
+from megatron_bliss.bilevel.objective import cross_entropy, kl_divergence
+from megatron_bliss.bilevel.space import ParameterSpace, Vector
+
+
+@dataclass
+class Samples:
+    x: Tensor  # [b, d]
+    y: Tensor  # [b], classes
+    total: int  # samples of the global batch
+
+    def split(self, size: int) -> list["Samples"]:
+        return [Samples(x, y, self.total) for x, y in zip(self.x.split(size), self.y.split(size), strict=True)]
+
+
+def make_samples(count: int, dimension: int, classes: int, seed: int, dtype: torch.dtype = torch.float64) -> Samples:
+    """Labels follow a fixed linear rule with noise, so that losses of samples differ."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, dimension, generator=generator, dtype=torch.float64)
+    rule = torch.randn(dimension, classes, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    noise = torch.randn(count, classes, generator=generator, dtype=torch.float64)
+    return Samples(x.to(dtype), (x @ rule + noise).argmax(1), count)
+
+
+class ToyLower:
+    def __init__(
+        self, dimension: int, classes: int, width: int = 0, gamma: float = 0.1, dtype: torch.dtype = torch.float64
+    ) -> None:
+        torch.manual_seed(0)
+        layers: list[torch.nn.Module] = [torch.nn.Linear(dimension, width or classes, bias=False)]
+        if width:
+            layers += [torch.nn.Tanh(), torch.nn.Linear(width, classes)]
+        self.model = torch.nn.Sequential(*layers).to(dtype)
+        self.target = torch.nn.Linear(dimension, classes).to(dtype).requires_grad_(False)
+        self.gamma = gamma
+        self.space = ParameterSpace(list(self.model.parameters()))
+
+    def objective(self, batch: Samples, weights: Tensor) -> Tensor:
+        logits = self.model(batch.x)
+        kl = kl_divergence(logits, self.target(batch.x)).sum() / batch.total
+        return (weights * cross_entropy(logits, batch.y)).sum() + self.gamma * kl
+
+    def add_gradient(self, batch: Samples, weights: Tensor, gradient: Vector) -> LowerTerms:
+        self.objective(batch, weights).backward()
+        harvest_(self.space.parameters, gradient)
+        with torch.no_grad():
+            kl = kl_divergence(self.model(batch.x), self.target(batch.x)).sum() / batch.total
+        return LowerTerms(self.losses(batch), kl)
+
+    @torch.no_grad()
+    def losses(self, batch: Samples) -> Tensor:
+        return cross_entropy(self.model(batch.x), batch.y)
+
+    def validation(self, batch: Samples) -> Tensor:
+        return cross_entropy(self.model(batch.x), batch.y).sum() / batch.total
+
+    def add_validation_gradient(self, batch: Samples, gradient: Vector) -> Tensor:
+        value = self.validation(batch)
+        value.backward()
+        harvest_(self.space.parameters, gradient)
+        return value.detach()
+
+
+class ToyUpper:
+    def __init__(self, dimension: int, dtype: torch.dtype = torch.float64) -> None:
+        torch.manual_seed(1)
+        self.model = torch.nn.Linear(dimension, 1).to(dtype)
+        self.space = ParameterSpace(list(self.model.parameters()))
+
+    def logits(self, batch: Samples) -> Tensor:
+        return self.model(batch.x).squeeze(1)
+
+
+def flat(vector: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
+    return torch.cat([part.reshape(-1) for part in vector])
+
+
+def unflat(values: Tensor, space: ParameterSpace) -> Vector:
+    pieces = values.split([master.numel() for master in space.masters])
+    return [piece.view_as(master) for piece, master in zip(pieces, space.masters, strict=True)]
+
+
+def dense_hessian(lower: ToyLower, batch: Samples, weights: Tensor, ridge: float) -> Tensor:
+    """∇² G by autograd over a flat vector of all parameters: [p, p]. It shares no code with the engine."""
+    names = [name for name, _ in lower.model.named_parameters()]
+
+    def value(theta: Tensor) -> Tensor:
+        pieces = dict(zip(names, unflat(theta, lower.space), strict=True))
+        logits = torch.func.functional_call(lower.model, pieces, (batch.x,))
+        kl = kl_divergence(logits, lower.target(batch.x)).sum() / batch.total
+        return (weights * cross_entropy(logits, batch.y)).sum() + lower.gamma * kl + ridge * theta.square().sum()
+
+    return torch.autograd.functional.hessian(value, flat(lower.space.masters).clone())
+
+
+def sample_gradients(lower: ToyLower, batch: Samples) -> Tensor:
+    """∇ L_i of every sample, one backward pass each: [b, p]."""
+    rows = []
+    for x, y in zip(batch.x, batch.y, strict=True):
+        loss = cross_entropy(lower.model(x[None]), y[None]).sum()
+        rows.append(flat(torch.autograd.grad(loss, lower.space.parameters)))
+    return torch.stack(rows)
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    return float(torch.nn.functional.cosine_similarity(a.double(), b.double(), dim=0))
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    return float((actual.double() - expected.double()).norm() / expected.double().norm())
