@@ -4,6 +4,7 @@ The defaults are the recipe of the BLISS paper (arXiv 2510.06048) for a 410M mod
 Sizes are in sequences, steps or tokens as each line says.
 """
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -304,7 +305,13 @@ def _checked(merged: Any) -> RunConfig:
             raise UserError(f"data.pool: domain {domain.name!r} has weight {domain.weight}; it must be above 0")
     if len({domain.weight is None for domain in config.data.pool}) > 1:
         raise UserError("data.pool gives a weight to some domains only; weigh all of them or none")
+    names = [config.method, *(control.name for control in config.controls)]
     for control in config.controls:
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", control.name) or names.count(control.name) > 1:
+            raise UserError(
+                f"controls: {control.name!r} names a directory and a line of the report, so it must be of letters, "
+                "digits, _ . - and used once, and not be the method of the main arm"
+            )
         if control.method not in METHODS:
             raise UserError(f"controls: {control.name!r} has method {control.method!r}; known: {', '.join(METHODS)}")
         if control.steps_factor * config.selection.fraction > 1:
@@ -324,7 +331,7 @@ def control_config(config: RunConfig, control: ControlConfig, main_run: Path) ->
         method=control.method,
         round_steps=round(config.round_steps * control.steps_factor),
         selection=replace(config.selection, fraction=config.selection.fraction * control.steps_factor),
-        warmup=replace(config.warmup, start_from=str(main_run)),
+        warmup=replace(config.warmup, start_from=config.warmup.start_from or str(main_run)),
         perplexity=control.perplexity,
         controls=[],
     )

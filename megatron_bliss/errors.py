@@ -9,6 +9,10 @@ class UserError(Exception):
     """Bad usage or input. The message is all the user sees, so it says what would be right."""
 
 
+class StageError(Exception):
+    """A stage of a run failed or was interrupted; the message says where to look. Exit code 1."""
+
+
 @contextmanager
 def user_errors() -> Iterator[None]:
     """Turn a `UserError` into its message on stderr and exit code 2, without a traceback."""

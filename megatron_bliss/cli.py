@@ -1,0 +1,175 @@
+"""The command line. Thin: it reads words, calls one function and turns errors into exit codes (0, 1, 2)."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megatron_bliss.errors import StageError, user_errors
+
+app = typer.Typer(
+    help="Data selection for LLM pretraining on Megatron-Core: BLISS rounds over binary token shards.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RunOption = Annotated[Path, typer.Option("--run", help="Directory of the run.")]
+RoundOption = Annotated[int, typer.Option("--round", min=1, help="Number of the round, from 1.")]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Directory of the run.")]
+_STAGES = "Stages (what `run` starts; distributed ones under torchrun)"
+
+
+@app.command()
+def demo(
+    pool: Annotated[Path | None, typer.Option(help="Folder with one NAME.jsonl a domain.")] = None,
+    validation: Annotated[Path | None, typer.Option(help="jsonl text that steers the selection.")] = None,
+    test: Annotated[Path | None, typer.Option(help="jsonl text for the final measure only.")] = None,
+    target_domain: Annotated[
+        str | None, typer.Option(help="Domain of the pool that is like the validation text, for the AUC.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of everything that is drawn.")] = 1,
+    arms: Annotated[str, typer.Option(help="Arms by name, with commas.")] = "bliss,random,high_loss",
+    out: Annotated[Path, typer.Option(help="Directory of the run.")] = Path("runs/demo"),
+) -> None:
+    """The whole method on text this machine already has, or on yours; ends in a table and report.html."""
+    from megatron_bliss import demo as demonstration
+
+    demonstration.run(
+        demonstration.Experiment(pool, validation, test, target_domain, seed, tuple(arms.split(",")), out)
+    )
+
+
+@app.command()
+def run(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="The run's settings, YAML.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that win over CONFIG's.")
+    ] = None,
+    run_dir: Annotated[
+        Path | None, typer.Option("--run", help="Directory of the run; runs/<name of CONFIG> by default.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only print stages, sizes, tokens, FLOPs and disk.")
+    ] = False,
+) -> None:
+    """All rounds on this machine; called again, it does what is missing."""
+    from megatron_bliss.config import load_config
+    from megatron_bliss.orchestration import cost, local
+
+    settings = load_config(config, overrides or [])
+    directory = run_dir or Path("runs") / config.stem
+    if dry_run:
+        cost.show(settings, directory)
+    else:
+        local.run(settings, directory)
+
+
+@app.command()
+def status(run_dir: RunArgument) -> None:
+    """One table: stages, times, losses, what is running, what failed and where its log is."""
+    from megatron_bliss.orchestration import status as table
+
+    table.show(run_dir)
+
+
+@app.command()
+def report(run_dir: RunArgument) -> None:
+    """Write report.html and result.json from the files of a run, finished or not."""
+    from megatron_bliss.report import page, result
+
+    result.write(run_dir)
+    page.write(run_dir)
+    typer.echo(run_dir / "report.html")
+
+
+@app.command(rich_help_panel=_STAGES)
+def inventory(run_dir: RunOption) -> None:
+    """Check and hash every shard."""
+    from megatron_bliss.stages import inventory as stage
+
+    stage.run(run_dir)
+
+
+@app.command(rich_help_panel=_STAGES)
+def warmup_select(run_dir: RunOption) -> None:
+    """A random part of slice 0 for the warm-up."""
+    from megatron_bliss.stages import select as stage
+
+    stage.run(run_dir, None)
+
+
+@app.command(rich_help_panel=_STAGES)
+def warmup_target(run_dir: RunOption) -> None:
+    """Train the LLM on the warm-up's data."""
+    from megatron_bliss.stages import pretrain as stage
+
+    stage.run(run_dir, 0)
+
+
+@app.command(rich_help_panel=_STAGES)
+def warmup_proxy(run_dir: RunOption) -> None:
+    """Train the proxy on the warm-up's data."""
+    from megatron_bliss.stages import warmup_proxy as stage
+
+    stage.run(run_dir)
+
+
+@app.command(rich_help_panel=_STAGES)
+def bilevel(run_dir: RunOption, number: RoundOption) -> None:
+    """Learn the score model by the bilevel loop."""
+    from megatron_bliss.stages import bilevel as stage
+
+    stage.run(run_dir, number)
+
+
+@app.command(rich_help_panel=_STAGES)
+def score(run_dir: RunOption, number: RoundOption) -> None:
+    """Score every sequence of the round's slice."""
+    from megatron_bliss.stages import score as stage
+
+    stage.run(run_dir, number)
+
+
+@app.command(rich_help_panel=_STAGES)
+def select(run_dir: RunOption, number: RoundOption) -> None:
+    """Keep the best part of the round's slice."""
+    from megatron_bliss.stages import select as stage
+
+    stage.run(run_dir, number)
+
+
+@app.command(rich_help_panel=_STAGES)
+def pretrain(run_dir: RunOption, number: RoundOption) -> None:
+    """Continue the LLM on the round's selection, by Megatron's own trainer."""
+    from megatron_bliss.stages import pretrain as stage
+
+    stage.run(run_dir, number)
+
+
+@app.command(rich_help_panel=_STAGES)
+def evaluate(run_dir: RunOption, number: RoundOption) -> None:
+    """Measure the LLM at the end of the round, on a decay branch."""
+    from megatron_bliss.stages import evaluate as stage
+
+    stage.run(run_dir, number)
+
+
+def main() -> None:
+    """Exit codes: 0 done, 1 failed, 2 bad usage or input."""
+    if "MEGATRON_BLISS_STAGE" in os.environ:
+        from megatron_bliss.orchestration.bound import die_with_parent
+
+        die_with_parent()
+    with user_errors():
+        try:
+            app()
+        except StageError as failure:
+            print(failure, file=sys.stderr, flush=True)
+            raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()

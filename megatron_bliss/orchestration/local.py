@@ -1,0 +1,172 @@
+"""Runs a plan on this machine: each stage a process, several side by side where the settings allow."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+
+from megatron_bliss.artifacts import RunPaths, run_lock
+from megatron_bliss.config import LaunchConfig, RunConfig
+from megatron_bliss.errors import StageError, UserError
+from megatron_bliss.orchestration import logs, processes, state
+from megatron_bliss.orchestration.display import View, view
+from megatron_bliss.orchestration.plan import Stage, plan
+
+_POLL_INTERVAL = 0.1  # seconds
+_ERROR_LINES = 20  # of a failed stage's log
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def stage_command(stage: Stage) -> list[str]:
+    """The process of a stage: this interpreter, under torchrun where there are ranks."""
+    ranks = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(stage.num_ranks), "-m"]
+    launcher = ranks if stage.num_ranks > 1 else []
+    return [sys.executable, "-m", *launcher, "megatron_bliss.cli", *stage.command]
+
+
+def stage_environment(launch: LaunchConfig, num_ranks: int) -> dict[str, str]:
+    """This process's environment with the CPU's cores shared out among ranks; an OMP_NUM_THREADS of the user's own is
+    kept unless `launch.threads` is set."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    shared = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // (launch.concurrency * num_ranks)))
+    return dict(os.environ) | {"OMP_NUM_THREADS": str(launch.threads or shared)}
+
+
+def run(
+    config: RunConfig,
+    run_dir: Path,
+    *,
+    command: Callable[[Stage], list[str]] = stage_command,
+    console: Console | None = None,
+) -> None:
+    """Do whatever the run still lacks.
+
+    :raises UserError: if the run is in use, its settings changed, or a stage refused its input.
+    :raises StageError: if a stage failed, or this was interrupted; its processes are ended by then.
+    """
+    run_dir, console = run_dir.absolute(), console or Console()
+    with run_lock(RunPaths(run_dir).lock):
+        for leftover in processes.end_leftovers(run_dir):
+            console.print(f"ended {leftover}, left behind by an earlier call", soft_wrap=True)
+        state.prepare(config, run_dir)
+        stages = plan(config, run_dir)
+        with view(console, run_dir) as shown, _signals() as received:
+            work = _Work(run_dir, config.launch, list(stages), shown, command)
+            try:
+                while work.advance():
+                    if received:
+                        raise StageError(f"stopped by {signal.Signals(received[0]).name}; run again to go on")
+                    time.sleep(_POLL_INTERVAL)
+            except BaseException as error:
+                work.stop(f"stopped: {str(error).splitlines()[0]}" if str(error) else "stopped")
+                raise
+        if not work.num_started:
+            console.print(f"nothing to do: all {len(stages)} stages of {run_dir} are done", soft_wrap=True)
+
+
+@dataclass
+class _Work:
+    """The stages that are waiting, running and done."""
+
+    run_dir: Path
+    launch: LaunchConfig
+    waiting: list[Stage]
+    shown: View
+    command: Callable[[Stage], list[str]]
+    running: dict[str, tuple[Stage, subprocess.Popen[bytes]]] = field(default_factory=dict)
+    done: set[str] = field(default_factory=set)
+    num_started: int = 0
+
+    def advance(self) -> bool:
+        """Take note of stages that ended, start those that can; False when all is done."""
+        for stage, process in list(self.running.values()):
+            if (exit_code := process.poll()) is not None:
+                self._ended(stage, exit_code)
+        self._start_ready()
+        records = state.read_state(self.run_dir) if self.running else {}
+        running = {name: records[name] for name in self.running}
+        self.shown.tick(running, [stage.name for stage in self.waiting], len(self.done))
+        return bool(self.running or self.waiting)
+
+    def stop(self, reason: str) -> None:
+        """End all that runs and say so in the state."""
+        processes.end({name: process for name, (_, process) in self.running.items()}, self.run_dir)
+        for stage, _ in self.running.values():
+            self.shown.ended(stage, state.stop(self.run_dir, stage, reason))
+        self.running.clear()
+
+    def _start_ready(self) -> None:
+        found = True
+        while found:  # a stage that turns out to be done may make others ready
+            found = False
+            for stage in list(self.waiting):
+                if len(self.running) >= self.launch.concurrency:
+                    return
+                if self.done.issuperset(stage.needs):
+                    self.waiting.remove(stage)
+                    found = True
+                    self._start_or_skip(stage)
+
+    def _start_or_skip(self, stage: Stage) -> None:
+        record = state.read_state(self.run_dir).get(stage.name)
+        why = state.why_not_done(self.run_dir, stage, record)
+        if why is None:
+            self.done.add(stage.name)
+            return
+        log = RunPaths(self.run_dir).logs / f"{stage.name}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        words = self.command(stage)
+        with open(log, "a") as stream:
+            offset = stream.tell()
+            stream.write(f"# {time.strftime('%Y-%m-%d %H:%M:%S')}: {' '.join(words)}\n")
+        inputs = state.digests(self.run_dir, stage.inputs)
+        surroundings = stage_environment(self.launch, stage.num_ranks)
+        process = processes.start(words, log, surroundings, self.run_dir, stage.name)
+        self.running[stage.name] = stage, process
+        self.num_started += 1
+        record = state.begin(self.run_dir, stage, process.pid, log, offset, inputs)
+        self.shown.started(stage, record, why if record.attempts > 1 else "")
+
+    def _ended(self, stage: Stage, exit_code: int) -> None:
+        record = state.read_state(self.run_dir)[stage.name]
+        log = self.run_dir / (record.log or "")
+        missing = [str(path) for path in stage.outputs if not path.exists()]
+        if exit_code == 0 and not missing:
+            del self.running[stage.name]
+            self.done.add(stage.name)
+            self.shown.ended(stage, state.finish(self.run_dir, stage))
+            return
+        processes.end({stage.name: self.running.pop(stage.name)[1]}, self.run_dir)
+        lines = logs.tail(log, record.log_offset)
+        end = "\n".join(lines[-_ERROR_LINES:])
+        self.shown.ended(stage, state.fail(self.run_dir, stage, end))
+        if sentence := logs.user_error(lines, exit_code):
+            raise UserError(f"{stage.name}: {sentence} (log: {log})")
+        what = f"ended without {', '.join(missing)}" if exit_code == 0 else f"failed with exit code {exit_code}"
+        raise StageError(f"{stage.name} {what}; the end of its log {log}:\n{end}")
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Signals that ask for an end, in a list as they arrive. A second one while the stages are being ended is noted
+    as well, and changes nothing: they are killed soon enough."""
+    received: list[int] = []
+
+    def note(number: int, _: FrameType | None) -> None:
+        received.append(number)
+
+    heeded = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup ignores SIGHUP
+    before = {number: signal.signal(number, note) for number in heeded}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

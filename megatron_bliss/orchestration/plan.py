@@ -1,0 +1,199 @@
+"""Which stages a run has, in which order, and what each needs: a pure function of the settings.
+
+Only real data dependencies are drawn, so a launcher may run side by side whatever is not connected: the control arms,
+the warm-up of the proxy and of the target, the evaluation of one round and the bilevel loop of the next.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megatron_bliss.artifacts import RunPaths
+from megatron_bliss.config import RunConfig, control_config
+from megatron_bliss.methods import offline_method
+from megatron_bliss.methods.offline import OfflineMethod
+
+
+@dataclass(frozen=True)
+class Arm:
+    """The main run, or one of its controls, as a run of its own."""
+
+    name: str  # the method's for the main run, the control's own name otherwise
+    prefix: str  # of its stages' names: "" or "controls/NAME/"
+    config: RunConfig
+    paths: RunPaths
+
+    @property
+    def method(self) -> OfflineMethod:
+        return offline_method(self.config)
+
+    @property
+    def warmup(self) -> RunPaths:
+        """The run that this arm's warm-up is taken from."""
+        return RunPaths(Path(self.config.warmup.start_from)) if self.config.warmup.start_from else self.paths
+
+    def last_iteration(self, round_number: int) -> int:
+        """The target's iteration at the end of a round; round 0 is the warm-up."""
+        return self.config.warmup.target_steps + round_number * self.config.round_steps
+
+    def target_checkpoint(self, round_number: int) -> Path:
+        """The target at the end of a round; round 0 is the warm-up."""
+        if round_number == 0:
+            return self.warmup.warmup_target
+        return self.paths.target / f"iter_{self.last_iteration(round_number):07d}"
+
+    def stage_name(self, command: str, round_number: int | None = None) -> str:
+        """Such as `score` of round 1: `round-0001/score`, or `controls/NAME/round-0001/score`."""
+        folder = "" if round_number is None else f"{self.paths.round(round_number).name}/"
+        return f"{self.prefix}{folder}{command}"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One call of `megatron-bliss`, and what has to be there before and after it."""
+
+    name: str
+    run_dir: Path
+    command: tuple[str, ...]  # words after `megatron-bliss`
+    num_ranks: int
+    needs: tuple[str, ...]  # names of stages
+    inputs: tuple[Path, ...]
+    outputs: tuple[Path, ...]
+
+
+def arms(config: RunConfig, run_dir: Path) -> list[Arm]:
+    """The main run and its controls."""
+    paths = RunPaths(run_dir.absolute())
+    controls = [
+        Arm(
+            control.name,
+            f"controls/{control.name}/",
+            control_config(config, control, paths.root),
+            paths.control(control.name),
+        )
+        for control in config.controls
+    ]
+    return [Arm(config.method, "", config, paths), *controls]
+
+
+def plan(config: RunConfig, run_dir: Path) -> list[Stage]:
+    """All stages, each after those it needs."""
+    main, *controls = arms(config, run_dir)
+    stages = [_inventory(main)]
+    if config.warmup.start_from is None:
+        stages += _warmup(main, with_proxy=any(arm.method.scored_by != "none" for arm in (main, *controls)))
+    for arm in (main, *controls):
+        if arm is not main and arm.warmup != main.paths:
+            stages.append(_inventory(arm))
+        for number in range(1, config.rounds + 1):
+            stages += _round(arm, number, {stage.name for stage in stages})
+    return [*stages, _report(main, [stage for stage in stages if stage.command[0] == "evaluate"])]
+
+
+def _stage(
+    arm: Arm,
+    command: str,
+    *,
+    needs: list[str],
+    inputs: list[Path],
+    output: Path,
+    round_number: int | None = None,
+    distributed: bool = True,
+) -> Stage:
+    words: tuple[str, ...] = (command, "--run", str(arm.paths.root))
+    if round_number is not None:
+        words += ("--round", str(round_number))
+    num_ranks = arm.config.launch.nproc_per_node if distributed else 1
+    name = arm.stage_name(command, round_number)
+    return Stage(name, arm.paths.root, words, num_ranks, tuple(needs), tuple(inputs), (output,))
+
+
+def _inventory(arm: Arm) -> Stage:
+    data = arm.config.data
+    prefixes = [prefix for domain in data.pool for prefix in domain.prefixes]
+    prefixes += [prefix for prefix in (data.validation, data.test) if prefix is not None]
+    shards = [Path(f"{prefix}{suffix}") for prefix in prefixes for suffix in (".idx", ".bin")]
+    return _stage(arm, "inventory", needs=[], inputs=shards, output=arm.paths.inventory, distributed=False)
+
+
+def _warmup(arm: Arm, with_proxy: bool) -> list[Stage]:
+    selection = arm.paths.warmup_selection
+    inventory = [arm.paths.inventory]
+    models = {"warmup-target": arm.paths.warmup_target}
+    if with_proxy:
+        models["warmup-proxy"] = arm.paths.warmup_proxy
+    return [
+        _stage(arm, "warmup-select", needs=["inventory"], inputs=inventory, output=selection, distributed=False),
+        *(
+            _stage(arm, command, needs=["warmup-select"], inputs=[selection], output=model)
+            for command, model in models.items()
+        ),
+    ]
+
+
+def _round(arm: Arm, number: int, earlier: set[str]) -> list[Stage]:
+    """The stages of a round; what belongs to another run (the warm-up it starts from) is not among those `earlier`."""
+    paths, method = arm.paths, arm.method
+    inventory = arm.stage_name("inventory")
+    inventory_file = paths.inventory
+    if inventory not in earlier:
+        inventory, inventory_file = "inventory", arm.warmup.inventory
+    target, proxy = arm.target_checkpoint(number - 1), arm.warmup.warmup_proxy
+    after_target = [arm.stage_name("pretrain", number - 1) if number > 1 else "warmup-target"]
+    after_model, model = ["warmup-proxy"], proxy
+    stages = []
+    if method.learns:
+        needs, inputs = [inventory, "warmup-proxy", *after_target], [inventory_file, proxy, target]
+        if number > 1:  # the score model carries over
+            needs.append(arm.stage_name("bilevel", number - 1))
+            inputs.append(paths.bilevel(number - 1))
+        after_model, model = [arm.stage_name("bilevel", number)], paths.bilevel(number)
+        stages.append(_stage(arm, "bilevel", needs=needs, inputs=inputs, output=model, round_number=number))
+    select_needs, select_inputs = [inventory], [inventory_file]
+    if method.scored_by != "none":
+        needs, inputs, scores = [inventory, *after_model], [inventory_file, model], paths.scores(number)
+        stages.append(_stage(arm, "score", needs=needs, inputs=inputs, output=scores, round_number=number))
+        select_needs.append(arm.stage_name("score", number))
+        select_inputs.append(scores)
+    selection, trained = paths.selection(number), arm.target_checkpoint(number)
+    stages += [
+        _stage(
+            arm,
+            "select",
+            needs=select_needs,
+            inputs=select_inputs,
+            output=selection,
+            round_number=number,
+            distributed=False,
+        ),
+        _stage(
+            arm,
+            "pretrain",
+            needs=[arm.stage_name("select", number), *after_target],
+            inputs=[selection, target],
+            output=trained,
+            round_number=number,
+        ),
+        _stage(
+            arm,
+            "evaluate",
+            needs=[inventory, arm.stage_name("pretrain", number)],
+            inputs=[inventory_file, trained],
+            output=paths.evaluation(number) / "results.json",
+            round_number=number,
+        ),
+    ]
+    known = earlier | {stage.name for stage in stages}
+    return [replace(stage, needs=tuple(name for name in stage.needs if name in known)) for stage in stages]
+
+
+def _report(arm: Arm, evaluations: list[Stage]) -> Stage:
+    root = arm.paths.root
+    return Stage(
+        name="report",
+        run_dir=root,
+        command=("report", str(root)),
+        num_ranks=1,
+        needs=tuple(stage.name for stage in evaluations),
+        inputs=tuple(path for stage in evaluations for path in stage.outputs),
+        outputs=(arm.paths.report, root / "result.json"),
+    )

@@ -1,0 +1,362 @@
+"""Plan, state and local launcher, with stages that only sleep and write: kills, resumes, failures, side by side."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from megatron_bliss.config import ControlConfig, LaunchConfig, RunConfig, save_config
+from megatron_bliss.errors import StageError, UserError
+from megatron_bliss.orchestration import local, state
+from megatron_bliss.orchestration.logs import Pace, user_error
+from megatron_bliss.orchestration.plan import arms, plan
+from megatron_bliss.orchestration.processes import RUN_VARIABLE
+from megatron_bliss.progress import Reading
+from tests.fake_run import fake_command, fake_config, journal
+
+EVERY_METHOD = [
+    fake_config(),
+    fake_config(method="random", controls=[]),
+    fake_config(method="perplexity", rounds=3, controls=[ControlConfig("bliss", "bliss"), ControlConfig("random")]),
+]
+
+
+# --- plan
+
+
+@pytest.mark.parametrize("config", EVERY_METHOD)
+def test_every_need_and_input_is_made_by_a_stage_before(config: RunConfig, tmp_path: Path) -> None:
+    made: dict[Path, str] = {}
+    for stage in plan(config, tmp_path):
+        assert set(stage.needs) <= set(made.values())
+        inside = [path for path in stage.inputs if path.is_relative_to(tmp_path)]
+        assert all(path in made and made[path] in stage.needs for path in inside), stage.name
+        for path in stage.outputs:
+            assert path not in made, "one stage makes a file"
+            made[path] = stage.name
+
+
+def test_stages_of_the_methods(tmp_path: Path) -> None:
+    def commands(method: str) -> set[str]:
+        return {stage.command[0] for stage in plan(fake_config(method=method, controls=[]), tmp_path)}
+
+    assert commands("bliss") - commands("perplexity") == {"bilevel"}
+    assert commands("perplexity") - commands("random") == {"score", "warmup-proxy"}
+    assert {"select", "pretrain", "evaluate", "report"} <= commands("random")
+
+
+def test_only_real_dependencies_are_drawn(tmp_path: Path) -> None:
+    stages = {stage.name: stage for stage in plan(fake_config(), tmp_path)}
+
+    def ancestors(name: str) -> set[str]:
+        direct = stages[name].needs
+        return set(direct).union(*(ancestors(need) for need in direct))
+
+    assert "round-0001/pretrain" in ancestors("round-0002/bilevel")
+    assert "round-0001/evaluate" not in ancestors("round-0002/bilevel")
+    assert "warmup-proxy" not in ancestors("warmup-target")
+    assert not {name for name in ancestors("controls/random/round-0002/pretrain") if name.startswith("round-")}
+    assert set(stages) - {"report"} == ancestors("report")
+
+
+def test_commands_name_run_and_round(tmp_path: Path) -> None:
+    stages = {stage.name: stage for stage in plan(fake_config(launch=LaunchConfig(nproc_per_node=4)), tmp_path)}
+    control = stages["controls/random/round-0002/pretrain"]
+    assert control.command == ("pretrain", "--run", str(tmp_path / "controls/random"), "--round", "2")
+    assert control.num_ranks == 4
+    assert control.outputs == (tmp_path / "controls/random/target/iter_0010024",)  # 10000 + 2 rounds of twice 6
+    assert stages["round-0001/select"].num_ranks == 1
+    assert "torch.distributed.run" in local.stage_command(control)
+    assert "torch.distributed.run" not in local.stage_command(stages["round-0001/select"])
+
+
+def test_a_run_from_another_ones_warmup_has_none_of_its_own(tmp_path: Path) -> None:
+    config = fake_config()
+    config = replace(config, warmup=replace(config.warmup, start_from=str(tmp_path / "first")))
+    stages = {stage.name: stage for stage in plan(config, tmp_path / "second")}
+    assert not [name for name in stages if name.startswith("warmup")]
+    assert tmp_path / "first/warmup/target" in stages["controls/random/round-0001/pretrain"].inputs
+    assert "controls/random/inventory" in stages
+
+
+# --- state
+
+
+def test_why_a_stage_is_run_again(tmp_path: Path) -> None:
+    source, made = tmp_path / "source", tmp_path / "made"
+    stage = replace(plan(fake_config(), tmp_path)[0], inputs=(source,), outputs=(made,))
+
+    def why() -> str | None:
+        return state.why_not_done(tmp_path, stage, state.read_state(tmp_path).get(stage.name))
+
+    source.write_text("1")
+    assert why() == "not run yet"
+    state.begin(tmp_path, stage, os.getpid(), tmp_path / "log", 0, state.digests(tmp_path, stage.inputs))
+    assert why() == "it was interrupted"
+    state.fail(tmp_path, stage, "boom")
+    assert why() == "it failed"
+    state.begin(tmp_path, stage, os.getpid(), tmp_path / "log", 0, state.digests(tmp_path, stage.inputs))
+    made.write_text("x")
+    assert state.finish(tmp_path, stage).attempts == 2
+    assert why() is None
+    source.write_text("2")
+    assert why() == "source changed"
+    source.write_text("1")
+    assert why() is None
+    made.unlink()
+    assert why() == "made is gone"
+
+
+def test_digests_of_directories(tmp_path: Path) -> None:
+    assert state.digest(tmp_path / "nothing") is None
+    (tmp_path / "weights").write_bytes(b"123")
+    tree = state.digest(tmp_path)
+    (tmp_path / "weights").write_bytes(b"1234")
+    assert state.digest(tmp_path) != tree
+    (tmp_path / "manifest.json").write_text("{}")
+    manifest = state.digest(tmp_path)
+    (tmp_path / "weights").write_bytes(b"12345")
+    assert state.digest(tmp_path) == manifest, "where there is a manifest it speaks for the directory"
+
+
+def _note_stages(run: str, first: int) -> None:
+    stage = plan(fake_config(), Path(run))[0]
+    for number in range(first, first + 20):
+        named = replace(stage, name=f"stage-{number}")
+        state.begin(Path(run), named, 1, Path(run) / "log", 0, {})
+        state.finish(Path(run), named)
+
+
+def test_processes_update_the_state_side_by_side(tmp_path: Path) -> None:
+    call = "import sys; from tests.test_orchestration import _note_stages; _note_stages(sys.argv[1], int(sys.argv[2]))"
+    writers = [
+        subprocess.Popen([sys.executable, "-c", call, str(tmp_path), str(first)]) for first in (0, 20)
+    ]  # fmt: skip
+    assert [writer.wait(60) for writer in writers] == [0, 0]
+    records = state.read_state(tmp_path)
+    assert len(records) == 40
+    assert {record.status for record in records.values()} == {"done"}
+
+
+# --- launcher
+
+
+@pytest.fixture
+def behaviour(tmp_path: Path) -> dict[str, Any]:
+    return {"journal": str(tmp_path / "journal"), "seconds": 0.02}
+
+
+def drive(config: RunConfig, run: Path, behaviour: dict[str, Any]) -> subprocess.Popen[str]:
+    """The launcher as a process of its own."""
+    settings = run.parent / "settings.yaml"
+    save_config(config, settings)
+    words = [sys.executable, "-m", "tests.fake_run", str(settings), str(run), json.dumps(behaviour)]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.01)
+
+
+def processes_of(run: Path) -> list[int]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(RUN_VARIABLE) == str(run):
+                found.append(process.pid)
+        except psutil.Error:
+            continue
+    return found
+
+
+def test_a_run_does_every_stage_once_and_then_nothing(
+    tmp_path: Path, behaviour: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, run = fake_config(), tmp_path / "run"
+    local.run(config, run, command=fake_command(behaviour))
+    noted, before = journal(tmp_path / "journal"), (run / "state.json").read_bytes()
+    stages = [stage.name for stage in plan(config, run)]
+    assert sorted(name for event, name, *_ in noted if event == "end") == sorted(stages)
+    assert {record.status for record in state.read_state(run).values()} == {"done"}
+    assert (run / "logs/controls/random/round-0001/select.log").exists()
+    order = {entry[:2]: place for place, entry in enumerate(noted)}
+    for stage in plan(config, run):
+        assert all(order["end", need] < order["begin", stage.name] for need in stage.needs)
+    capsys.readouterr()
+    local.run(config, run, command=fake_command(behaviour))
+    assert "nothing to do" in capsys.readouterr().out
+    assert journal(tmp_path / "journal") == noted
+    assert (run / "state.json").read_bytes() == before
+
+
+def test_independent_stages_run_side_by_side(tmp_path: Path, behaviour: dict[str, Any]) -> None:
+    config = fake_config(rounds=1, launch=LaunchConfig(concurrency=3))
+    together = {"meet": ["warmup-target", "warmup-proxy", "controls/random/round-0001/select"]}
+    local.run(config, tmp_path / "run", command=fake_command(behaviour | together))
+
+
+def test_no_more_stages_run_side_by_side_than_allowed(tmp_path: Path, behaviour: dict[str, Any]) -> None:
+    config = fake_config(rounds=1, launch=LaunchConfig(concurrency=1))
+    local.run(config, tmp_path / "run", command=fake_command(behaviour))
+    assert [event for event, *_ in journal(tmp_path / "journal")] == ["begin", "end"] * len(plan(config, tmp_path))
+
+
+def test_a_changed_config_is_refused_but_the_launch_may_change(tmp_path: Path, behaviour: dict[str, Any]) -> None:
+    config, run = fake_config(rounds=1), tmp_path / "run"
+    local.run(config, run, command=fake_command(behaviour))
+    local.run(replace(config, launch=LaunchConfig(concurrency=1)), run, command=fake_command(behaviour))
+    changed = replace(config, seed=5, bilevel=replace(config.bilevel, gamma=0.5))
+    with pytest.raises(UserError, match=r"bilevel.gamma: 0.01 -> 0.5; seed: 1234 -> 5"):
+        local.run(changed, run, command=fake_command(behaviour))
+
+
+def test_only_what_depends_on_a_changed_file_is_run_again(tmp_path: Path, behaviour: dict[str, Any]) -> None:
+    config, run = fake_config(rounds=1), tmp_path / "run"
+    local.run(config, run, command=fake_command(behaviour))
+    (tmp_path / "journal").unlink()
+    (run / "round-0001/selection/manifest.json").write_text("another selection")
+    local.run(config, run, command=fake_command(behaviour))
+    assert {name for _, name, *_ in journal(tmp_path / "journal")} == {"round-0001/pretrain"}
+    # what it wrote is what was there before, so nothing after it had to follow
+    assert state.read_state(run)["round-0001/pretrain"].attempts == 2
+
+
+def test_a_failing_stage_ends_the_others_and_shows_its_log(tmp_path: Path, behaviour: dict[str, Any]) -> None:
+    config, run = fake_config(), tmp_path / "run"
+    failing = behaviour | {"fail": {"warmup-target": 7}, "seconds": 0.3}
+    with pytest.raises(
+        StageError, match=r"(?s)warmup-target failed with exit code 7.*warmup-target\.log.*it went wrong"
+    ):
+        local.run(config, run, command=fake_command(failing))
+    records = state.read_state(run)
+    assert records["warmup-target"].status == "failed"
+    assert "it went wrong" in records["warmup-target"].error
+    assert "running" not in {record.status for record in records.values()}
+    assert not processes_of(run)
+    local.run(config, run, command=fake_command(behaviour))
+    assert {record.status for record in state.read_state(run).values()} == {"done"}
+
+
+def test_a_stage_that_refuses_its_input_gives_exit_code_2_and_one_sentence(
+    tmp_path: Path, behaviour: dict[str, Any]
+) -> None:
+    process = drive(fake_config(), tmp_path / "run", behaviour | {"fail": {"inventory": 2}})
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 2
+    assert errors.startswith("error: inventory: data.pool is of cheese; make it of text (log: ")
+    assert "Traceback" not in errors
+
+
+def test_a_stage_without_its_outputs_has_failed(tmp_path: Path) -> None:
+    with pytest.raises(StageError, match=r"ended without .*inventory\.json"):
+        local.run(fake_config(), tmp_path / "run", command=lambda stage: [sys.executable, "-c", "pass"])
+
+
+def test_killed_launchers_leave_nothing_behind_and_the_next_one_goes_on(
+    tmp_path: Path, behaviour: dict[str, Any]
+) -> None:
+    config, run = fake_config(), tmp_path / "run"
+    slow = behaviour | {"seconds": 0.4}
+    for stage in ("warmup-target", "round-0001/score", "round-0002/bilevel"):
+        process = drive(config, run, slow)
+        wait_for(lambda name=stage: ("begin", name) in [entry[:2] for entry in journal(tmp_path / "journal")])  # type: ignore[misc]
+        time.sleep(0.1)
+        process.kill()
+        process.communicate()
+        wait_for(lambda: not processes_of(run), seconds=2)
+    process = drive(config, run, behaviour)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    noted = journal(tmp_path / "journal")
+    ended = [name for event, name, *_ in noted if event == "end"]
+    assert sorted(ended) == sorted(stage.name for stage in plan(config, run))
+    assert len([1 for event, *_ in noted if event == "begin"]) >= len(ended) + 3
+
+
+def test_leftovers_of_a_killed_run_are_ended_first(tmp_path: Path, behaviour: dict[str, Any]) -> None:
+    run = tmp_path / "run"
+    leftover = subprocess.Popen(["sleep", "60"], env=os.environ | {RUN_VARIABLE: str(run)})
+    local.run(fake_config(rounds=1, controls=[]), run, command=fake_command(behaviour))
+    assert not psutil.pid_exists(leftover.pid)
+
+
+def test_ranks_end_with_a_killed_launcher(tmp_path: Path, behaviour: dict[str, Any]) -> None:
+    run = tmp_path / "run"
+    process = drive(fake_config(), run, behaviour | {"seconds": 60, "torchrun": ["inventory"]})
+    wait_for(lambda: len(journal(tmp_path / "journal")) == 2)
+    ranks = [pid for _, _, pid in journal(tmp_path / "journal")]
+    assert set(ranks) <= set(processes_of(run))
+    process.kill()
+    process.communicate()
+    wait_for(lambda: not processes_of(run), seconds=5)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interruption_ends_the_stages_and_says_so(
+    tmp_path: Path, behaviour: dict[str, Any], number: signal.Signals
+) -> None:
+    run = tmp_path / "run"
+    process = drive(fake_config(), run, behaviour | {"seconds": 30})
+    wait_for(lambda: bool(journal(tmp_path / "journal")))
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 1
+    assert errors.strip() == f"stopped by {number.name}; run again to go on"
+    assert not processes_of(run)
+    record = state.read_state(run)["inventory"]
+    assert record.status == "pending"
+    assert number.name in record.note
+
+
+def test_two_launchers_do_not_share_a_run(tmp_path: Path, behaviour: dict[str, Any]) -> None:
+    run = tmp_path / "run"
+    process = drive(fake_config(), run, behaviour | {"seconds": 30})
+    try:
+        wait_for(lambda: bool(journal(tmp_path / "journal")))
+        with pytest.raises(UserError, match=f"in use by process {process.pid}"):
+            local.run(fake_config(), run, command=fake_command(behaviour))
+    finally:
+        process.terminate()
+        process.communicate(timeout=20)
+
+
+def test_cores_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+    assert local.stage_environment(LaunchConfig(concurrency=2), 4)["OMP_NUM_THREADS"] == "2"
+    assert local.stage_environment(LaunchConfig(concurrency=2), 64)["OMP_NUM_THREADS"] == "1"
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert local.stage_environment(LaunchConfig(concurrency=2), 4)["OMP_NUM_THREADS"] == "5"
+    assert local.stage_environment(LaunchConfig(threads=3), 4)["OMP_NUM_THREADS"] == "3"
+
+
+# --- logs
+
+
+def test_the_sentence_of_a_refused_input_is_found_under_torchrun() -> None:
+    lines = ["error: data.pool is empty; fill it", "Traceback (most recent call last):", "  exitcode  : 2 (pid: 77)"]
+    assert user_error(lines, 1) == "data.pool is empty; fill it"
+    assert user_error(lines[:1], 2) == "data.pool is empty; fill it"
+    assert user_error([lines[0], "  exitcode  : 1 (pid: 77)"], 1) is None
+
+
+def test_pace_needs_two_looks() -> None:
+    pace = Pace()
+    assert pace.remaining(Reading(100, 200, ""), now=10.0) is None
+    assert pace.remaining(Reading(120, 200, ""), now=20.0) == pytest.approx(40.0)
+
+
+def test_names_of_arms(tmp_path: Path) -> None:
+    assert [arm.name for arm in arms(fake_config(), tmp_path)] == ["bliss", "random"]
