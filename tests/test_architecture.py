@@ -9,9 +9,9 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "megatron_bliss"
 # From the bottom up. Whatever stands in the package and is not listed here (cli.py, hooks.py, ...) is at the top.
 LAYERS = [
-    ("errors", "progress"),
+    ("errors",),
     ("artifacts",),
-    ("config",),
+    ("config", "progress"),
     ("data",),
     ("bilevel",),
     ("mcore",),
