@@ -1,6 +1,6 @@
 """Checkpoints in Megatron's torch_dist format and layout, readable at any tensor- and data-parallel size.
 
-    DIRECTORY/iter_0000010/                    torch_dist: models and vectors, each tensor cut over the ranks that held it
+    DIRECTORY/iter_0000010/                       torch_dist: models and vectors, each tensor whole
     DIRECTORY/latest_checkpointed_iteration.txt   written last: a checkpoint it does not name is not there
 
 Whatever a checkpoint holds is data: pickles inside it are read with an allow-list of types (torch's `weights_only`,
@@ -39,6 +39,7 @@ logging.getLogger("megatron.core.dist_checkpointing.strategies.torch").setLevel(
 
 LATEST = "latest_checkpointed_iteration.txt"
 MODEL = "model"  # a model of this name is saved as pretrain() would: with nothing before its parameters' names
+SCORE = "score"  # what the score model is saved as, beside the proxy
 Vectors = Mapping[str, Mapping[str, Sequence[Tensor]]]  # by model, by name: like the model's trainable parameters
 
 
@@ -55,7 +56,7 @@ def save(
     :param vectors: lists of tensors shaped like the trainable parameters of the model they are filed under.
     :param common: plain numbers, strings, lists and dicts, equal on all ranks.
     """
-    final, temporary = _iteration_path(directory, iteration), Path(directory) / f".iter_{iteration:07d}.tmp"
+    final, temporary = iteration_path(directory, iteration), Path(directory) / f".iter_{iteration:07d}.tmp"
     is_writer = dist.get_rank() == 0
     if is_writer:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -71,8 +72,8 @@ def save(
         os.replace(temporary, final)
         with atomic_write(Path(directory) / LATEST, "w") as stream:
             stream.write(str(iteration))
-        for old in _iterations(directory)[:-keep]:
-            shutil.rmtree(_iteration_path(directory, old), ignore_errors=True)
+        for old in iterations(directory)[:-keep]:
+            shutil.rmtree(iteration_path(directory, old), ignore_errors=True)
     dist.barrier()
 
 
@@ -147,16 +148,16 @@ def find(directory: Path) -> Path:
     if (directory / "metadata.json").is_file():
         return directory
     iteration = read_iteration(directory)
-    if iteration is None or not (_iteration_path(directory, iteration) / "metadata.json").is_file():
+    if iteration is None or not (iteration_path(directory, iteration) / "metadata.json").is_file():
         raise UserError(f"{directory} holds no complete checkpoint; run the stage that writes it first")
-    return _iteration_path(directory, iteration)
+    return iteration_path(directory, iteration)
 
 
-def _iteration_path(directory: Path, iteration: int) -> Path:
+def iteration_path(directory: Path, iteration: int) -> Path:
     return Path(directory) / f"iter_{iteration:07d}"
 
 
-def _iterations(directory: Path) -> list[int]:
+def iterations(directory: Path) -> list[int]:
     """Of all complete checkpoints, ascending."""
     found = (re.fullmatch(r"iter_(\d+)", path.name) for path in Path(directory).iterdir())
     return sorted(int(match[1]) for match in found if match)

@@ -1,0 +1,124 @@
+"""`evaluate`: the LLM's loss on the validation and test sets and on every domain's held-out sequences.
+
+The headline numbers are those of the round's decay branch, which the stage before this one trained.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_bliss.artifacts import RunPaths, write_json
+from megatron_bliss.config import RunConfig, read_saved_config
+from megatron_bliss.data.inventory import Inventory
+from megatron_bliss.data.sampling import permute
+from megatron_bliss.data.seeds import derive
+from megatron_bliss.data.shards import verify_shard
+from megatron_bliss.data.slices import Slicing
+from megatron_bliss.data.validation import ValidationSet
+from megatron_bliss.mcore import checkpoints, parallel
+from megatron_bliss.mcore.parallel import ParallelContext, agreed
+from megatron_bliss.mcore.scorer import Pass, Sequences, ShardSequences, ValidationSequences, loss_measure, mean
+from megatron_bliss.progress import Progress
+from megatron_bliss.stages.inventory import run_inventory
+
+
+def run(run_dir: Path, round_number: int) -> None:
+    """Write `round-N/evaluation/results.json`. All ranks of the job call it.
+
+    :raises UserError: without the decay branch's checkpoint, or where it does not fit the settings.
+    """
+    paths = RunPaths(Path(run_dir))
+    config = read_saved_config(paths.config)
+    context = parallel.initialize(config.target.tensor_parallel, config.target.sequence_parallel, config.seed)
+    last = config.warmup.target_steps + round_number * config.round_steps
+    with agreed(context):
+        inventory = run_inventory(paths.root, config)
+        sets = measured_sets(config, inventory)
+        measured = {"decay": checkpoints.find(decay_directory(paths, round_number))}
+        if config.evaluation.curve:
+            found = checkpoints.iterations(paths.target)
+            measured |= {
+                str(iteration): checkpoints.iteration_path(paths.target, iteration)
+                for iteration in found
+                if last - config.round_steps < iteration <= last
+            }
+    progress = Progress("evaluate", len(measured), "checkpoints") if context.is_first else None
+    losses: dict[str, dict[str, Any]] = {}
+    for name, checkpoint in measured.items():
+        losses[name] = evaluate(checkpoint, sets, config, context)
+        if progress is not None:
+            progress.report(len(losses), validation_loss=losses[name]["validation_loss"])
+    decay = losses.pop("decay")
+    curve = [
+        {"iteration": int(name), "tokens": _tokens(config, int(name)), **losses[name]}
+        for name in sorted(losses, key=int)
+    ]
+    with agreed(context):
+        if context.is_first:
+            results = {"schema": 1, "iteration": last, "tokens_trained": _tokens(config, last), "decay": decay}
+            write_json(paths.evaluation(round_number) / "results.json", results | {"curve": curve})
+
+
+def decay_directory(paths: RunPaths, round_number: int) -> Path:
+    """Where the decay branch of a round saves its checkpoint."""
+    return paths.evaluation(round_number) / "decay"
+
+
+def _tokens(config: RunConfig, iteration: int) -> int:
+    """Tokens the LLM was trained on up to an iteration."""
+    return iteration * config.target.global_batch_size * config.data.sequence_length
+
+
+def measured_sets(config: RunConfig, inventory: Inventory) -> dict[str, dict[str, Sequences]]:
+    """The validation set, the test set if there is one, and the domains' held-out sequences, by kind and name.
+
+    :raises UserError: for a missing or changed shard.
+    """
+    slicing = Slicing.of(config, inventory)
+    sets: dict[str, dict[str, Sequences]] = {"validation": {"": _validation(config.data.validation, config)}}
+    sets["test"] = {"": _validation(config.data.test, config)} if config.data.test else {}
+    sets["domain"] = {}
+    for domain in config.data.pool:
+        ids = slicing.held_out_ids(domain.name)
+        records = [record for record in inventory.pool if record.domain == domain.name]
+        sizes = np.array([len(ids[record.name]) for record in records])
+        sample = _sample(int(sizes.sum()), config, domain.name)
+        ends = np.cumsum(sizes)
+        parts = [
+            (verify_shard(record), ids[record.name][sample[(sample >= end - size) & (sample < end)] - (end - size)])
+            for record, size, end in zip(records, sizes.tolist(), ends.tolist(), strict=True)
+        ]
+        sets["domain"][domain.name] = ShardSequences(parts)
+    return sets
+
+
+def _validation(prefix: str, config: RunConfig) -> ValidationSequences:
+    validation = ValidationSet.open(prefix)
+    return ValidationSequences(validation, _sample(len(validation), config, Path(prefix).name))
+
+
+def _sample(size: int, config: RunConfig, name: str) -> np.ndarray:
+    """At most `evaluation.max_sequences` of 0 … size-1, ascending, the same in every round and arm."""
+    count = min(size, config.evaluation.max_sequences)
+    if not count:
+        return np.empty(0, dtype=np.int64)
+    return np.sort(permute(np.arange(count), size, derive(config.seed, "evaluate", name)))
+
+
+def evaluate(
+    checkpoint: Path, sets: Mapping[str, Mapping[str, Sequences]], config: RunConfig, context: ParallelContext
+) -> dict[str, Any]:
+    """Mean losses per predicted token, None for a set without any. All ranks call it."""
+    model = checkpoints.load_target(checkpoint, context, config.target.model, config.data.tokenizer.vocab_size)
+    forward, measure = Pass(context, config.data.sequence_length, config.scoring.batch_tokens), loss_measure(model)
+    losses = {
+        kind: {name: mean(forward.totals(measure, sequences)) for name, sequences in by_name.items()}
+        for kind, by_name in sets.items()
+    }
+    return {
+        "validation_loss": losses["validation"][""],
+        "test_loss": losses["test"].get(""),
+        "domain_loss": losses["domain"],
+    }
