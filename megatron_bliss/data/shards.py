@@ -13,7 +13,7 @@ import os
 import struct
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,6 @@ from megatron_bliss.artifacts import (
     digest_bytes,
     digest_file,
     fsync_directory,
-    read_json,
-    write_json,
 )
 from megatron_bliss.errors import UserError
 
@@ -39,7 +37,7 @@ _HEADER_BYTES = 34
 
 def token_dtype(vocab_size: int) -> type[np.generic]:
     """The dtype Megatron's own tools choose for a vocabulary: uint16 where it fits, int32 elsewhere."""
-    return np.uint16 if vocab_size <= np.iinfo(np.uint16).max + 1 else np.int32
+    return np.uint16 if vocab_size < 65500 else np.int32
 
 
 class Shard:
@@ -198,14 +196,6 @@ def take_inventory(prefixes_by_domain: dict[str, list[str]], num_threads: int = 
             ShardRecord(name, domain, prefix, shard.dtype.name, len(shard), shard.num_tokens, idx, data, _stat(prefix))
         )
     return records
-
-
-def write_inventory(path: Path, records: list[ShardRecord]) -> None:
-    write_json(path, {"schema": 1, "shards": [asdict(record) for record in records]})
-
-
-def read_inventory(path: Path) -> list[ShardRecord]:
-    return [ShardRecord(**record) for record in read_json(path)["shards"]]
 
 
 def verify_shard(record: ShardRecord) -> Shard:
