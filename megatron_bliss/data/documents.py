@@ -24,6 +24,15 @@ class Corpus:
     num_bytes: int
     digest: str  # of the list of sources
 
+    def sample(self, max_characters: int) -> Iterator[str]:
+        """The first texts, `max_characters` in all at most."""
+        left = max_characters
+        for document in self.documents:
+            if left <= 0:
+                return
+            yield document.text[:left]
+            left -= len(document.text)
+
 
 @dataclass(frozen=True)
 class _Files:

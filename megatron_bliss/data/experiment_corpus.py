@@ -11,7 +11,7 @@ from pathlib import Path
 from megatron_bliss.artifacts import digest_file, digest_json, read_json, write_json
 from megatron_bliss.data.corpus import Cutting, Encoder, ensure_shard
 from megatron_bliss.data.deduplicate import deduplicate
-from megatron_bliss.data.documents import corpus_from_texts, read_documents
+from megatron_bliss.data.documents import Corpus, corpus_from_texts, read_documents
 from megatron_bliss.data.tokenizers import train_sentencepiece
 from megatron_bliss.errors import UserError
 
@@ -48,24 +48,31 @@ def prepare(
     """
     out = Path(out).absolute()
     domains = _domain_files(Path(pool), Path(validation), Path(test))
-    files = {**domains, "validation": Path(validation), "test": Path(test)}
-    inputs = {"files": [[name, digest_file(path)] for name, path in files.items()],
-              "vocab_size": vocab_size, "cut": cut, "seed": seed}  # fmt: skip
+    files = [*domains.items(), ("validation", Path(validation)), ("test", Path(test))]
+    inputs = digest_json([[[name, digest_file(path)] for name, path in files], vocab_size, cut, seed])
     record = out / "corpus.json"
-    if done := _finished(record, digest_json(inputs)):
+    if done := _finished(record, inputs):
         print(f"[corpus] {out} is complete", flush=True)
         return done
-    texts, held_out = _without_duplicates(domains, [Path(test), Path(validation)], seed)
+    pool_texts, held_out = _without_duplicates(domains, [Path(test), Path(validation)], seed)
+    corpora = [corpus_from_texts(name, texts) for name, texts in pool_texts.items()]
     model = out / "tokenizer.model"
-    tokenizer = train_sentencepiece(_sample(list(texts.values())), model, vocab_size)
-    prefixes = {name: str(out / "pool" / name) for name in texts}
+    tokenizer = train_sentencepiece(_sample(corpora), model, vocab_size)
+    corpora += [corpus_from_texts(name, texts) for name, texts in zip(("test", "validation"), held_out, strict=True)]
+    prefixes = {name: str(out / "pool" / name) for name in pool_texts}
     prepared = Prepared(prefixes, str(out / "validation"), str(out / "test"), str(model), tokenizer.vocab_size)
     with Encoder(tokenizer, num_workers) as encoder:
-        for prefix, documents in zip(prepared.prefixes, [*texts.values(), *reversed(held_out)], strict=True):
-            ensure_shard(corpus_from_texts(Path(prefix).name, documents), prefix, encoder, Cutting(cut))
-    content = {"inputs": digest_json(inputs), "digests": _digests(prepared), "prepared": asdict(prepared)}
-    write_json(record, {"schema": 1, **content})
+        for corpus, prefix in zip(corpora, [*prefixes.values(), prepared.test, prepared.validation], strict=True):
+            ensure_shard(corpus, prefix, encoder, Cutting(cut))
+    write_json(record, {"schema": 1, "inputs": inputs, "digests": _digests(prepared), "prepared": asdict(prepared)})
     return prepared
+
+
+def _sample(corpora: list[Corpus]) -> Iterator[str]:
+    """The first documents of each domain, as large a part of each as of the others."""
+    part = min(1.0, _TOKENIZER_CHARACTERS / sum(corpus.num_bytes for corpus in corpora))
+    for corpus in corpora:
+        yield from corpus.sample(int(part * corpus.num_bytes))
 
 
 def _domain_files(pool: Path, validation: Path, test: Path) -> dict[str, Path]:
@@ -107,19 +114,6 @@ def _without_duplicates(
     if not pool:
         raise UserError("the pool has no documents that are not near-duplicates of the held-out sets; add text")
     return pool, kept[: len(held_out)]
-
-
-def _sample(domains: list[list[str]]) -> Iterator[str]:
-    """Of each domain the first documents, as large a part of each as of the others."""
-    total = sum(len(text) for texts in domains for text in texts)
-    part = min(1.0, _TOKENIZER_CHARACTERS / max(total, 1))
-    for texts in domains:
-        left = int(part * sum(map(len, texts)))
-        for text in texts:
-            if left <= 0:
-                break
-            yield text[:left]
-            left -= len(text)
 
 
 def _digests(prepared: Prepared) -> dict[str, str]:

@@ -68,6 +68,11 @@ class ValidationSet:
     def __len__(self) -> int:
         return len(self.shard)
 
+    @property
+    def loss_share(self) -> float:
+        """The part of the tokens, 0 to 1, that carries loss."""
+        return 1.0 if self.mask is None else float(self.mask.mean())
+
     def get(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Token ids [L] in the shard's dtype, and their loss mask [L], bool."""
         tokens = self.shard[index]
