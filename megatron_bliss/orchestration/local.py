@@ -66,7 +66,7 @@ def run(
                         raise StageError(f"stopped by {signal.Signals(received[0]).name}; run again to go on")
                     time.sleep(_POLL_INTERVAL)
             except BaseException as error:
-                work.stop(f"stopped: {str(error).splitlines()[0]}" if str(error) else "stopped")
+                work.stop(str(error).split(";")[0] or "stopped")
                 raise
         if not work.num_started:
             console.print(f"nothing to do: all {len(stages)} stages of {run_dir} are done", soft_wrap=True)

@@ -1,0 +1,266 @@
+"""What a run costs before it is started: sequences, tokens, floating-point operations and disk, stage by stage.
+
+The numbers are estimates from the sizes alone: sequences are taken as long as the model's, a backward pass as twice a
+forward pass, and a product with the exact Hessian as three of both (forward, backward, backward through the two).
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from megatron_bliss.config import RunConfig
+from megatron_bliss.data.shards import Shard
+from megatron_bliss.errors import UserError
+from megatron_bliss.mcore.architectures import resolve
+from megatron_bliss.orchestration.plan import Arm, arms, plan
+
+_FORWARD = 1 / 3  # of a forward and backward pass
+_HESSIAN_PRODUCT = {"none": 0.0, "finite-difference": 2.0, "exact": 3.0}  # forward and backward passes
+_BYTES_PER_PARAMETER = {False: 16, True: 18}  # float32 weights and Adam's moments as saved; True: bf16 weights on top
+_WIDTH = 120  # of the table where there is no terminal
+_SCORE_BYTES = _ID_BYTES = 4  # float32, int32
+
+
+@dataclass(frozen=True)
+class PoolSize:
+    """The candidate pool."""
+
+    num_sequences: int
+    num_tokens: int
+
+    def part(self, fraction: float) -> "PoolSize":
+        return PoolSize(round(self.num_sequences * fraction), round(self.num_tokens * fraction))
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a stage handles; None where it depends on a pool of unknown size."""
+
+    sequences: int | None = 0
+    tokens: int | None = 0
+    flops: float | None = 0.0
+    disk: int | None = 0  # bytes that stay
+
+
+def target_flops_per_step(config: RunConfig) -> float:
+    """Of one optimizer step of the LLM."""
+    tokens = config.target.global_batch_size * config.data.sequence_length
+    return tokens * _training_flops_per_token(config, proxy=False)
+
+
+def selection_flops(arm: Arm, pool: PoolSize | None) -> float | None:
+    """What an arm spends to know what to train on: its proxy's warm-up, the bilevel loops and the scoring."""
+    costs = arm_costs(arm, pool)
+    names = [arm.stage_name(command, r) for r in range(1, arm.config.rounds + 1) for command in ("bilevel", "score")]
+    parts = [costs[name].flops for name in names if name in costs]
+    if arm.method.scored_by != "none":
+        parts.append(_warmup_proxy(arm.config).flops)
+    return None if None in parts else sum(part for part in parts if part is not None)
+
+
+def train_flops(config: RunConfig, iteration: int) -> float:
+    """Of training the LLM up to an iteration, warm-up included."""
+    return iteration * target_flops_per_step(config)
+
+
+def arm_costs(arm: Arm, pool: PoolSize | None) -> dict[str, Cost]:
+    """Cost of an arm's stages by name; stages that cost next to nothing are not in it."""
+    config = arm.config
+    one_slice = pool.part(1 / config.num_slices) if pool else None
+    costs = {
+        arm.stage_name("inventory"): Cost(*_size(pool)),
+        arm.stage_name("warmup-select"): _select(pool, one_slice, config.warmup.fraction),
+        arm.stage_name("warmup-target"): _pretrain(config, config.warmup.target_steps),
+        arm.stage_name("warmup-proxy"): _warmup_proxy(config),
+    }
+    for number in range(1, config.rounds + 1):
+        if arm.method.learns:
+            costs[arm.stage_name("bilevel", number)] = _bilevel(config)
+        if arm.method.scored_by != "none":
+            costs[arm.stage_name("score", number)] = _score(config, pool, one_slice)
+        costs[arm.stage_name("select", number)] = _select(pool, one_slice, config.selection.fraction)
+        costs[arm.stage_name("pretrain", number)] = _pretrain(config, config.round_steps)
+        costs[arm.stage_name("evaluate", number)] = _evaluate(config)
+    return costs
+
+
+def bilevel_flops_per_step(config: RunConfig) -> float:
+    """Of one outer step: inner steps, curvature products, g_i, validation gradient, target and score model."""
+    bilevel, length = config.bilevel, config.data.sequence_length
+    batch = bilevel.batch_size * length * _training_flops_per_token(config, proxy=True)
+    validation = bilevel.validation_batch_size * length * _training_flops_per_token(config, proxy=True)
+    product = _HESSIAN_PRODUCT[bilevel.curvature]
+    if bilevel.curvature == "finite-difference" and bilevel.solver == "averaged":
+        # one pair of displaced gradients is the last inner step, the product and g_i at once
+        passes = bilevel.inner_steps - 1 + product * bilevel.z_steps
+    else:
+        passes = bilevel.inner_steps + product * bilevel.z_steps + 2 * _FORWARD
+    passes += 1 + _FORWARD  # score model: weights, then its own step
+    return (
+        batch * passes
+        + validation
+        + _target_passes(config)
+        * bilevel.batch_size
+        * length
+        * _FORWARD
+        * (_training_flops_per_token(config, proxy=False))
+    )
+
+
+def _target_passes(config: RunConfig) -> int:
+    """Forward passes of the target over the batch in an outer step: one for each way through its micro-batches."""
+    bilevel = config.bilevel
+    if bilevel.gamma == 0:
+        return 0
+    ranks = max(config.launch.nproc_per_node // config.proxy.tensor_parallel, 1)
+    if bilevel.batch_size <= bilevel.micro_batch_size * ranks:
+        return 1  # a single micro-batch's logits are kept
+    products = bilevel.z_steps if bilevel.curvature != "none" else 0
+    shared = bilevel.curvature == "finite-difference" and bilevel.solver == "averaged"
+    return bilevel.inner_steps + products - (1 if shared else 0)
+
+
+def _training_flops_per_token(config: RunConfig, proxy: bool) -> int:
+    model = config.proxy.model if proxy else config.target.model
+    return resolve(model).flops_per_token(config.data.sequence_length, config.data.tokenizer.vocab_size)
+
+
+def _checkpoint_bytes(config: RunConfig, proxy: bool) -> int:
+    model = config.proxy.model if proxy else config.target.model
+    return resolve(model).num_parameters(config.data.tokenizer.vocab_size) * _BYTES_PER_PARAMETER[model.bf16]
+
+
+def _size(pool: PoolSize | None) -> tuple[int | None, int | None]:
+    return (pool.num_sequences, pool.num_tokens) if pool else (None, None)
+
+
+def _warmup_proxy(config: RunConfig) -> Cost:
+    sequences = config.warmup.proxy_steps * config.warmup.proxy_batch_size
+    tokens = sequences * config.data.sequence_length
+    flops = float(tokens * _training_flops_per_token(config, proxy=True))
+    return Cost(sequences, tokens, flops, _checkpoint_bytes(config, proxy=True))
+
+
+def _bilevel(config: RunConfig) -> Cost:
+    sequences = config.bilevel.outer_steps * (config.bilevel.batch_size + config.bilevel.validation_batch_size)
+    flops = config.bilevel.outer_steps * bilevel_flops_per_step(config)
+    disk = 2 * _checkpoint_bytes(config, proxy=True)  # proxy and score model
+    return Cost(sequences, sequences * config.data.sequence_length, flops, disk)
+
+
+def _score(config: RunConfig, pool: PoolSize | None, one_slice: PoolSize | None) -> Cost:
+    if pool is None or one_slice is None:
+        return Cost(None, None, None, None)
+    flops = one_slice.num_tokens * _training_flops_per_token(config, proxy=True) * _FORWARD
+    return Cost(one_slice.num_sequences, one_slice.num_tokens, flops, pool.num_sequences * _SCORE_BYTES)
+
+
+def _select(pool: PoolSize | None, one_slice: PoolSize | None, fraction: float) -> Cost:
+    if pool is None or one_slice is None:
+        return Cost(None, None, 0.0, None)
+    kept = one_slice.part(fraction)
+    return Cost(kept.num_sequences, kept.num_tokens, 0.0, kept.num_sequences * _ID_BYTES)
+
+
+def _pretrain(config: RunConfig, steps: int) -> Cost:
+    sequences = steps * config.target.global_batch_size
+    num_checkpoints = -(-steps // config.target.save_interval)  # the last one is always saved
+    return Cost(
+        sequences,
+        sequences * config.data.sequence_length,
+        steps * target_flops_per_step(config),
+        num_checkpoints * _checkpoint_bytes(config, proxy=False),
+    )
+
+
+def _evaluate(config: RunConfig) -> Cost:
+    """The decay branch, and forward passes over the measured sets (as large as they may be)."""
+    evaluation = config.evaluation
+    sets = [evaluation.max_sequences] * (2 if config.data.test else 1)
+    sets += [min(evaluation.max_sequences, config.data.held_out)] * len(config.data.pool)
+    measured = 1 + (-(-config.round_steps // config.target.save_interval) if evaluation.curve else 0)
+    sequences = evaluation.decay_steps * config.target.global_batch_size + measured * sum(sets)
+    length = config.data.sequence_length
+    flops = evaluation.decay_steps * target_flops_per_step(config)
+    flops += measured * sum(sets) * length * _training_flops_per_token(config, proxy=False) * _FORWARD
+    return Cost(sequences, sequences * length, flops)
+
+
+def show(config: RunConfig, run_dir: Path) -> None:
+    """Print the table of `--dry-run`.
+
+    :raises UserError: for an architecture that cannot be.
+    """
+    console = Console(width=None if sys.stdout.isatty() else _WIDTH)
+    pool, reason = _measure(config)
+    costs: dict[str, Cost] = {}
+    for arm in arms(config, run_dir):
+        costs |= arm_costs(arm, pool)
+    title = f"{run_dir}: {config.method}, {config.rounds} rounds"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for column in ("stage", "ranks", "sequences", "tokens", "FLOPs", "disk"):
+        table.add_column(column, justify="left" if column == "stage" else "right", no_wrap=True)
+    stages = plan(config, run_dir)
+    for stage in stages:
+        table.add_row(stage.name, str(stage.num_ranks), *_cells(costs.get(stage.name, Cost())))
+    known = [costs.get(stage.name, Cost()) for stage in stages]
+    disk, flops = sum(cost.disk or 0 for cost in known), sum(cost.flops or 0 for cost in known)
+    table.add_section()
+    table.add_row("in all", "", "", "", f"{flops:.2e}", f"{quantity(disk)}B")
+    console.print(table)
+    for line in _notes(config, run_dir, pool):
+        console.print(line, soft_wrap=True, highlight=False)
+    if reason:
+        console.print(f"the pool's size is not known, so numbers are missing above: {reason}", soft_wrap=True)
+
+
+def _measure(config: RunConfig) -> tuple[PoolSize | None, str]:
+    """Size of the pool from its indices, or why it is not known."""
+    try:
+        shards = [Shard(prefix) for domain in config.data.pool for prefix in domain.prefixes]
+    except UserError as error:
+        return None, str(error)
+    return PoolSize(sum(len(shard) for shard in shards), sum(shard.num_tokens for shard in shards)), ""
+
+
+def _cells(cost: Cost) -> tuple[str, str, str, str]:
+    def cell(value: float | None, text: str) -> str:
+        return "?" if value is None else text if value else ""
+
+    return (
+        cell(cost.sequences, quantity(cost.sequences or 0)),
+        cell(cost.tokens, quantity(cost.tokens or 0)),
+        cell(cost.flops, f"{cost.flops or 0:.2e}"),
+        cell(cost.disk, f"{quantity(cost.disk or 0)}B"),
+    )
+
+
+def _notes(config: RunConfig, run_dir: Path, pool: PoolSize | None) -> list[str]:
+    vocab = config.data.tokenizer.vocab_size
+    target, proxy = (resolve(model).num_parameters(vocab) for model in (config.target.model, config.proxy.model))
+    lines = [f"target {quantity(target)} parameters, proxy {quantity(proxy)} parameters"]
+    for arm in arms(config, run_dir):
+        trained = arm.config.round_steps * config.target.global_batch_size * config.data.sequence_length
+        if pool:
+            kept = pool.part(arm.config.selection.fraction / config.num_slices).num_tokens
+            lines.append(
+                f"{arm.name}: a round trains on {quantity(trained)} tokens, {trained / max(kept, 1):.2f} times the "
+                f"{quantity(kept)} that are selected for it"
+            )
+        share = selection_flops(arm, pool)
+        if share is not None:
+            training = train_flops(arm.config, arm.last_iteration(config.rounds))
+            lines.append(f"{arm.name}: selection takes {share / training:.1%} of the training's FLOPs")
+    return lines
+
+
+def quantity(number: float) -> str:
+    """1234567 as 1.23M."""
+    for size, letter in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{letter}"
+    return f"{number:.3g}"
