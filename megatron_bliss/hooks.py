@@ -1,0 +1,53 @@
+"""Run an unmodified Megatron training script on a selection, with or without torchrun:
+
+    torchrun … -m megatron_bliss.hooks --selection DIR path/to/pretrain_gpt.py ARGS…
+
+Without --selection the script reads all of its data; on a machine without a GPU it runs on the CPU either way.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_bliss.data.selection import Selection
+from megatron_bliss.errors import UserError, user_errors
+from megatron_bliss.mcore.script import run_script
+
+
+def main(arguments: Sequence[str]) -> None:
+    """:raises UserError: for bad usage or input.
+    :raises SystemExit: as the script does.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_bliss.hooks",
+        description="Run an unmodified Megatron training script on a selection of its data.",
+    )
+    parser.add_argument("--selection", type=Path, metavar="DIR", help="what to train on; all data where not given")
+    parser.add_argument("--verify", action="store_true", help="print what would be read, and stop")
+    parser.add_argument("script", type=Path, metavar="SCRIPT")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGS")
+    given = parser.parse_args(arguments)
+    if not given.verify:
+        run_script(given.script, given.arguments, given.selection)
+        return
+    if given.selection is None:
+        raise UserError("--verify needs --selection DIR, the selection to be looked at")
+    print(_description(Selection.open(given.selection)))
+
+
+def _description(selection: Selection) -> str:
+    lines = [f"selection {selection.directory}, digest {selection.digest[:12]}"]
+    for shard in selection.shards:
+        counts = shard.counts
+        lines.append(
+            f"  {shard.record.prefix} ({shard.record.domain}): {counts.kept_sequences} of {shard.record.num_sequences} "
+            f"sequences, {counts.kept_tokens} of {shard.record.num_tokens} tokens"
+        )
+    blend = " ".join(f"{weight:.6g} {prefix}" for weight, prefix in selection.blend)
+    return "\n".join([*lines, f"  its blend for --data-path: {blend}"])
+
+
+if __name__ == "__main__":
+    with user_errors():
+        main(sys.argv[1:])

@@ -1,0 +1,181 @@
+"""Makes Megatron's training split consist of a selection's sequences, without a copy of any shard.
+
+`SelectedGPTDataset` narrows the sequence ids that Megatron hands to `GPTDataset`; packing, shuffling, blending,
+splits, caches and resume stay Megatron's. `install()` puts the builder below in the place of Megatron's own, where a
+training script then finds it.
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from megatron.core.datasets import blended_megatron_dataset_builder as megatron_builder
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.utils import Split
+from megatron.training.datasets.fim_dataset import GPTFIMDataset
+
+from megatron_bliss.data.selection import Selection
+from megatron_bliss.errors import UserError
+
+_TRAIN = Split.train.value
+_LENGTHS_AT_A_TIME = 4096
+
+# Flags with which Megatron does not ask for, or does not use, the sequence ids of a split.
+REFUSED_FLAGS = {
+    "--dataloader-fast-cache-load": "it builds the dataset without looking at which sequences are wanted",
+    "--dataloader-defer-npy-index-mmap": "it counts every sequence of the shard, wanted or not",
+    "--mock-data": "it trains on made-up tokens",
+    "--sft": "its dataset packs conversations, not sequences of a shard",
+}
+
+
+def refuse_flags(arguments: Sequence[str]) -> None:
+    """:raises UserError: if the script's arguments hold a flag that would bypass the selection."""
+    for word in arguments:
+        if (name := word.split("=")[0]) in REFUSED_FLAGS:
+            raise UserError(f"{name} cannot be used with a selection: {REFUSED_FLAGS[name]}; leave the flag out")
+
+
+def _refuse_config(config: Any) -> None:
+    for field, flag in (
+        ("fast_cache_load", "--dataloader-fast-cache-load"),
+        ("defer_npy_index_mmap", "--dataloader-defer-npy-index-mmap"),
+        ("mock", "--mock-data"),
+    ):
+        if getattr(config, field):
+            refuse_flags([flag])
+
+
+class _TrainsOnSelection:
+    """Mixed into a GPT dataset: the training split has the kept sequences only, the other splits are untouched."""
+
+    def __init__(
+        self,
+        indexed_dataset: IndexedDataset,
+        dataset_path: str,
+        indexed_indices: np.ndarray,
+        num_samples: int | None,
+        index_split: Split,
+        config: Any,
+    ) -> None:
+        """:param indexed_indices: int32, the consecutive sequence ids of the split.
+
+        :raises UserError: if the configuration bypasses the ids, or the selection does not know the shard.
+        """
+        _refuse_config(config)
+        if index_split is Split.train:
+            indexed_indices = _kept(config.selection.ids(dataset_path), indexed_indices[0], indexed_indices[-1] + 1)
+        super().__init__(indexed_dataset, dataset_path, indexed_indices, num_samples, index_split, config)  # type: ignore[call-arg]
+
+    @staticmethod
+    def _key_config_attributes() -> list[str]:
+        # without the digest, Megatron's index cache would serve one selection's indices to another
+        return [*GPTDataset._key_config_attributes(), "selection_digest"]
+
+
+class SelectedGPTDataset(_TrainsOnSelection, GPTDataset):
+    """`GPTDataset` on a selection."""
+
+
+class SelectedGPTFIMDataset(_TrainsOnSelection, GPTFIMDataset):
+    """`GPTFIMDataset` on a selection."""
+
+
+_SELECTED = {GPTDataset: SelectedGPTDataset, GPTFIMDataset: SelectedGPTFIMDataset}
+
+
+class SelectedDatasetBuilder(BlendedMegatronDatasetBuilder):
+    """Megatron's builder with the selection's datasets, and without training domains that were left empty."""
+
+    selection: ClassVar[Selection]
+
+    def __init__(self, cls: type, sizes: list[int | None], is_built_on_rank: Any, config: Any) -> None:
+        """:raises UserError: for a dataset class or configuration that cannot be narrowed."""
+        _refuse_config(config)
+        if cls not in _SELECTED:
+            raise UserError(
+                f"dataset class {cls.__name__} cannot be narrowed to a selection; only GPTDataset and GPTFIMDataset can"
+            )
+        config.selection = self.selection
+        config.selection_digest = self.selection.digest
+        super().__init__(_SELECTED[cls], sizes, is_built_on_rank, config)
+
+    def _build_blended_dataset_splits(self) -> list[Any]:
+        per_split = self.config.blend_per_split
+        span = self.config.split_matrix[_TRAIN] if per_split is None else (0.0, 1.0)
+        blend = self.config.blend if per_split is None else per_split[_TRAIN]
+        if blend is None or span is None:
+            return self._build(self.config)
+        remaining = self._without_empty_domains(blend, span)
+        if remaining == blend:
+            return self._build(self.config)
+
+        train, others = copy.copy(self.config), copy.copy(self.config)
+        if per_split is None:
+            train.blend = remaining
+            train.split_matrix = [span if split is Split.train else None for split in Split]
+            others.split_matrix = [
+                None if split is Split.train else self.config.split_matrix[split.value] for split in Split
+            ]
+        else:
+            train.blend_per_split = [remaining if split is Split.train else None for split in Split]
+            others.blend_per_split = [None if split is Split.train else per_split[split.value] for split in Split]
+        return [self._build(train)[_TRAIN], *self._build(others)[_TRAIN + 1 :]]
+
+    def _build(self, config: Any) -> list[Any]:
+        builder = BlendedMegatronDatasetBuilder(self.cls, self.sizes, self.is_built_on_rank, config)
+        built: list[Any] = builder._build_blended_dataset_splits()
+        return built
+
+    def _without_empty_domains(
+        self, blend: tuple[list[str], list[float] | None], span: tuple[float, float]
+    ) -> tuple[list[str], list[float] | None]:
+        """The blend without prefixes of which too little is kept for Megatron to build a dataset. Every rank reads the
+        same selection and comes to the same answer."""
+        prefixes, weights = blend
+        # without weights each domain is read once, so it must fill a sample; with weights it is repeated as needed
+        is_repeated = weights is not None or len(prefixes) == 1
+        num_tokens = 1 if is_repeated else self.config.sequence_length + self.config.add_extra_token_to_sequence
+        full = [self._keeps(prefix, span, num_tokens) for prefix in prefixes]
+        if all(full):
+            return blend
+        if not any(full):
+            raise UserError(
+                f"selection {self.selection.directory} keeps nothing of the training data "
+                f"({', '.join(prefixes)}); select more, or give the training split a larger share of --split"
+            )
+        for prefix in (prefix for prefix, is_full in zip(prefixes, full, strict=True) if not is_full):
+            if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+                print(f"> {prefix}: nothing selected; dropped from the training blend, the other weights scaled up")
+        keep = np.flatnonzero(full)
+        return [prefixes[i] for i in keep], None if weights is None else [weights[i] for i in keep]
+
+    def _keeps(self, prefix: str, span: tuple[float, float], num_tokens: int) -> bool:
+        """Whether the kept sequences in this part of the shard have at least so many tokens."""
+        shard = self.selection.shard(prefix)
+        start, stop = (round(end * float(shard.record.num_sequences)) for end in span)
+        ids = _kept(shard.ids, start, stop)
+        if len(ids) == 0:
+            return False
+        dataset = IndexedDataset(prefix)  # its arrays are gone with it
+        for first in range(0, len(ids), _LENGTHS_AT_A_TIME):
+            num_tokens -= int(dataset.sequence_lengths[ids[first : first + _LENGTHS_AT_A_TIME]].sum(dtype=np.int64))
+            if num_tokens <= 0:
+                return True
+        return False
+
+
+def _kept(ids: np.ndarray, start: int, stop: int) -> np.ndarray:
+    """Those of the ascending ids that lie in [start, stop): int32."""
+    first, last = np.searchsorted(ids, [start, stop])
+    return np.array(ids[first:last], dtype=np.int32)
+
+
+def install(selection: Selection) -> None:
+    """Put the selection between every script that is imported from now on and Megatron's datasets."""
+    SelectedDatasetBuilder.selection = selection
+    megatron_builder.BlendedMegatronDatasetBuilder = SelectedDatasetBuilder

@@ -1,0 +1,53 @@
+"""Runs a Megatron training script, unmodified, on this machine and on a selection: one code path for `hooks.py` and
+the stages. It imports neither torch nor Megatron before the script's own surroundings are in place."""
+
+import os
+import runpy
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_bliss.errors import UserError
+
+PACKAGED_SCRIPT = Path(__file__).with_name("pretrain_gpt.py")
+
+
+def run_script(script: Path, arguments: Sequence[str], selection: Path | None) -> None:
+    """Run `script` as `__main__` with `arguments`; its training data is the selection, or all of it for None.
+
+    :raises UserError: if the script does not exist, an argument bypasses the selection, or the two do not fit together.
+    :raises SystemExit: where the script ends with one, as Megatron does at a phase transition (code 0).
+    """
+    if not script.is_file():
+        raise UserError(f"script {script} does not exist; give the path of a training script such as pretrain_gpt.py")
+    if script != PACKAGED_SCRIPT:
+        # as for `python SCRIPT`: what lies beside the script is found first, a Megatron of its own included
+        sys.path.insert(0, str(script.resolve().parent))
+    _describe_single_process()
+
+    from megatron_bliss.mcore import platform
+
+    platform.install()
+    if selection is not None:
+        from megatron_bliss.data.selection import Selection
+        from megatron_bliss.mcore import dataset
+
+        dataset.refuse_flags(arguments)
+        dataset.install(Selection.open(selection))
+    added = platform.training_flags(arguments)
+    if added and os.environ["RANK"] == "0":
+        print(f"> no GPU here, added: {' '.join(added)}", flush=True)
+    sys.argv = [str(script), *arguments, *added]
+    runpy.run_path(str(script), run_name="__main__")
+
+
+def _describe_single_process() -> None:
+    """What torchrun tells its processes, for a script that was started without it."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
