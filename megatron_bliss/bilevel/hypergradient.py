@@ -39,16 +39,25 @@ def harvest_(parameters: Sequence[Tensor], gradient: Vector) -> None:
             parameter.grad = None
 
 
-def score_gradient[Batch](upper: UpperLevel[Batch], batches: Sequence[Batch], coefficients: Tensor) -> Vector:
+def score_logits[Batch](upper: UpperLevel[Batch], batches: Sequence[Batch]) -> list[Tensor]:
+    """Raw scores of each micro-batch, [b]. Only the last has a graph, which `score_gradient` uses."""
+    with torch.no_grad():
+        first = [upper.logits(batch) for batch in batches[:-1]]
+    return [*first, upper.logits(batches[-1])]
+
+
+def score_gradient[Batch](
+    upper: UpperLevel[Batch], batches: Sequence[Batch], logits: Sequence[Tensor], coefficients: Tensor
+) -> Vector:
     """∇Φ = Σ_i c_i ∇s_i, reduced over all ranks: one backward pass a micro-batch, whose graph is gone after it.
 
+    :param logits: of `score_logits` at the same parameters.
     :param coefficients: c_i of this rank's sequences in the order of `batches`, [local].
     """
-    gradient, start = upper.space.zeros(), 0
-    for batch in batches:
-        scores = scores_from_logits(upper.logits(batch))
-        part = coefficients[start : start + scores.numel()]
+    gradient = upper.space.zeros()
+    parts = coefficients.split([len(part) for part in logits])
+    for batch, known, part in zip(batches, logits, parts, strict=True):
+        scores = scores_from_logits(known if known.requires_grad else upper.logits(batch))
         (scores * part.to(scores.dtype)).sum().backward()
         harvest_(upper.space.parameters, gradient)
-        start += scores.numel()
     return upper.space.reduce_gradients(gradient)

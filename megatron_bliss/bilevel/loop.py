@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_bliss.bilevel.curvature import Curvature, Pool
-from megatron_bliss.bilevel.hypergradient import directional_derivatives, score_gradient
+from megatron_bliss.bilevel.hypergradient import directional_derivatives, score_gradient, score_logits
 from megatron_bliss.bilevel.levels import LowerLevel, UpperLevel
 from megatron_bliss.bilevel.objective import (
     Weights,
@@ -121,17 +121,16 @@ class BilevelLoop[Batch]:
         :returns: metrics, equal on all ranks but for rounding.
         """
         factor = lr_factor(self.steps_done, self.settings.outer_steps, self.settings.lr_warmup_fraction)
-        with torch.no_grad():
-            parts = [self.upper.logits(batch) for batch in batches]
-            logits = torch.cat(parts)
-            weights = importance_weights(scores_from_logits(logits), self.settings.weights, self._dp_group)
+        parts = score_logits(self.upper, batches)
+        logits = torch.cat([part.detach() for part in parts])
+        weights = importance_weights(scores_from_logits(logits), self.settings.weights, self._dp_group)
         pool = Pool(self.lower, batches, weights.split([len(part) for part in parts]), self.settings.ridge)
         if self.solver.is_simultaneous:
             losses, kl, value, derivatives, solution = self._simultaneous(pool, validation, factor)
         else:
             losses, kl, value, derivatives, solution = self._sequential(pool, validation, factor)
         coefficients = score_coefficients(weights, derivatives, self.settings.weights, self._dp_group)
-        score_norm = self.score_optimizer.step(score_gradient(self.upper, batches, coefficients), factor)
+        score_norm = self.score_optimizer.step(score_gradient(self.upper, batches, parts, coefficients), factor)
         self.steps_done += 1
         return self._metrics(logits, weights, losses, kl, value, solution, score_norm)
 

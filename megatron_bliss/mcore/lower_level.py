@@ -104,7 +104,9 @@ class MegatronLowerLevel:
         gradient: Vector,
     ) -> tuple[Tensor, Tensor]:
         """CE and KL, [b, s]; adds the gradient of their weighted sum to `gradient`. Weights are [b, s]."""
-        logit_gradient = logits.detach()  # the same memory: nothing reads the logits after this
+        # the same memory, as nothing reads the logits after this; `data`, since autograd would notice a change of
+        # `detach()` and route the gradient through a copy
+        logit_gradient = logits.data
         cross_entropy, kl = token_terms_(
             logit_gradient,
             _positions_first(batch.batch.labels),
