@@ -129,14 +129,13 @@ def load_target(directory: Path, context: ParallelContext, model: ModelConfig, v
 def read_iteration(directory: Path) -> int | None:
     """Iteration of the newest checkpoint, or None."""
     try:
-        text = (Path(directory) / LATEST).read_text()
+        text = (Path(directory) / LATEST).read_text().strip()
     except FileNotFoundError:
         return None
-    if not text.strip().isdecimal():
-        raise UserError(
-            f"{Path(directory) / LATEST} holds {text!r}, not an iteration; put the newest one's number there"
-        )
-    return int(text)
+    if text.isdecimal():
+        return int(text)
+    # Megatron writes the file in place, as its last act: it was killed there
+    return max(iterations(directory), default=None)
 
 
 def find(directory: Path) -> Path:
@@ -159,7 +158,7 @@ def iteration_path(directory: Path, iteration: int) -> Path:
 
 def iterations(directory: Path) -> list[int]:
     """Of all complete checkpoints, ascending."""
-    found = (re.fullmatch(r"iter_(\d+)", path.name) for path in Path(directory).iterdir())
+    found = [re.fullmatch(r"iter_(\d+)", path.parent.name) for path in Path(directory).glob("iter_*/metadata.json")]
     return sorted(int(match[1]) for match in found if match)
 
 
@@ -272,7 +271,10 @@ def _only_data(path: Path) -> Iterator[None]:
     before, the second overruled.
     """
     with open(path / ".metadata", "rb") as stream:
-        _ContentsUnpickler(stream).load()
+        try:
+            _ContentsUnpickler(stream).load()
+        except Exception as error:  # whatever a damaged pickle makes of itself
+            raise pickle.UnpicklingError(str(error)) from error
     before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     try:

@@ -185,11 +185,6 @@ def logits(model: GPTModel, tokens: Tensor) -> Tensor:
     return model(tokens, positions(tokens), None, output_processor=processor)
 
 
-def hidden(model: GPTModel, tokens: Tensor) -> Tensor:
-    """What the last norm gives: [s, b, h]; under sequence parallelism this rank's part [s / tp, b, h]."""
-    return model(tokens, positions(tokens), None, output_processor=lambda hidden_states, **_: hidden_states)
-
-
 def positions(tokens: Tensor) -> Tensor:
     """Position ids of tokens [b, s]: [b, s], each row 0 … s-1."""
     return torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)

@@ -1,8 +1,9 @@
 """`evaluate`: the LLM's loss on the validation and test sets and on every domain's held-out sequences.
 
-The headline numbers are those of the round's decay branch, which the stage before this one trained.
+The headline numbers are those of a decay branch, which is trained first, by Megatron, in the same processes.
 """
 
+import gc
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,25 +19,29 @@ from megatron_bliss.data.shards import verify_shard
 from megatron_bliss.data.slices import Slicing
 from megatron_bliss.data.validation import ValidationSet
 from megatron_bliss.mcore import checkpoints, parallel
+from megatron_bliss.mcore.arguments import round_end
 from megatron_bliss.mcore.parallel import ParallelContext, agreed
 from megatron_bliss.mcore.scorer import Pass, Sequences, ShardSequences, ValidationSequences, loss_measure, mean
 from megatron_bliss.progress import Progress
 from megatron_bliss.stages.inventory import run_inventory
+from megatron_bliss.stages.pretrain import decay_branch
 
 
 def run(run_dir: Path, round_number: int) -> None:
     """Write `round-N/evaluation/results.json`. All ranks of the job call it.
 
-    :raises UserError: without the decay branch's checkpoint, or where it does not fit the settings.
+    :raises UserError: without the round's checkpoint, or where it does not fit the settings.
     """
     paths = RunPaths(Path(run_dir))
     config = read_saved_config(paths.config)
+    decayed = decay_branch(paths.root, round_number)
+    gc.collect()  # the trainer's model and optimizer
     context = parallel.initialize(config.target.tensor_parallel, config.target.sequence_parallel, config.seed)
-    last = config.warmup.target_steps + round_number * config.round_steps
+    last = round_end(config, round_number)
     with agreed(context):
         inventory = run_inventory(paths.root, config)
         sets = measured_sets(config, inventory)
-        measured = {"decay": checkpoints.find(decay_directory(paths, round_number))}
+        measured = {"decay": decayed}
         if config.evaluation.curve:
             found = checkpoints.iterations(paths.target)
             measured |= {
@@ -59,11 +64,6 @@ def run(run_dir: Path, round_number: int) -> None:
         if context.is_first:
             results = {"schema": 1, "iteration": last, "tokens_trained": _tokens(config, last), "decay": decay}
             write_json(paths.evaluation(round_number) / "results.json", results | {"curve": curve})
-
-
-def decay_directory(paths: RunPaths, round_number: int) -> Path:
-    """Where the decay branch of a round saves its checkpoint."""
-    return paths.evaluation(round_number) / "decay"
 
 
 def _tokens(config: RunConfig, iteration: int) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_bliss.artifacts import RunPaths
 from megatron_bliss.bilevel.hypergradient import harvest_
-from megatron_bliss.bilevel.loop import AdamW, LoopSettings, lr_factor
+from megatron_bliss.bilevel.loop import MOMENTS, AdamW, LoopSettings, lr_factor
 from megatron_bliss.bilevel.space import ParameterSpace, Vector, group_sum_
 from megatron_bliss.config import RunConfig, read_saved_config
 from megatron_bliss.data.sampling import SequenceSampler, share_of_rank
@@ -55,15 +55,11 @@ def run(run_dir: Path) -> None:
     )
     optimizer = AdamW(space, config.warmup.proxy_lr, settings)
 
-    def state() -> dict[str, dict[str, Vector]]:
-        return {checkpoints.MODEL: {"master": space.masters, **optimizer.moments()}}
-
     if done:
-        loaded = state()
-        checkpoints.load(directory, {checkpoints.MODEL: model}, loaded)
-        space.push()
-        vectors = loaded[checkpoints.MODEL]
-        optimizer.load_moments({name: vectors[name] for name in vectors if name != "master"}, done)
+        moments = {name: space.zeros() for name in MOMENTS}
+        vectors = {"master": space.masters, **moments}
+        checkpoints.load(directory, {checkpoints.MODEL: model}, {checkpoints.MODEL: vectors})
+        optimizer.load_moments(moments, done)
     progress = Progress("warmup-proxy", num_steps, start=done) if context.is_first else None
     metrics = MetricsLog(directory / "metrics.jsonl", done) if context.is_first else None
     num_tokens = 0
@@ -80,7 +76,8 @@ def run(run_dir: Path) -> None:
                 progress.report(done, num_tokens, **figures)
                 metrics.write(done, **figures, gradient_norm=float(norm))
         if done % config.target.save_interval == 0 or done == num_steps:
-            checkpoints.save(directory, done, {checkpoints.MODEL: model}, state(), {}, keep=1)
+            vectors = {"master": space.masters, **optimizer.moments()}
+            checkpoints.save(directory, done, {checkpoints.MODEL: model}, {checkpoints.MODEL: vectors}, {}, keep=1)
 
 
 def loss_and_gradient(
