@@ -41,7 +41,7 @@ def test_megatron_reads_what_we_write(folder: Path, documents: Documents, dtype:
     write(folder / "ours", documents, dtype)
     read = IndexedDataset(str(folder / "ours"))
     assert read.index.dtype == dtype
-    assert [read[i].tolist() for i in range(len(read))] == [sequence for document in documents for sequence in document]
+    assert [read[i].tolist() for i in range(len(read))] == [ids for document in documents for ids in document]
     assert read.document_indices.tolist() == np.cumsum([0, *map(len, documents)]).tolist()
 
 
@@ -55,9 +55,7 @@ def test_we_read_what_megatron_writes(folder: Path, documents: Documents, dtype:
     builder.finalize(str(folder / "theirs.idx"))
     shard = Shard(folder / "theirs")
     assert shard.dtype == dtype
-    assert [shard[i].tolist() for i in range(len(shard))] == [
-        sequence for document in documents for sequence in document
-    ]
+    assert [shard[i].tolist() for i in range(len(shard))] == [ids for document in documents for ids in document]
     assert shard.document_starts.tolist() == np.cumsum([0, *map(len, documents)]).tolist()
     write(folder / "ours", documents, dtype)
     for suffix in ("bin", "idx"):
@@ -119,9 +117,8 @@ def test_the_same_data_is_listed_once_and_equal_names_stay_apart(tmp_path: Path)
 
 
 def test_an_error_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(OverflowError), ShardWriter(tmp_path / "a", np.uint16) as writer:
-        writer.add_document([[1, 2]])
-        writer.add_document([[70_000]])
+    with pytest.raises(OverflowError):
+        write(tmp_path / "a", [[[1, 2]], [[70_000]]])
     assert list(tmp_path.iterdir()) == []
 
 

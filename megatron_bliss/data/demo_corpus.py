@@ -13,6 +13,7 @@ import os
 import random
 import re
 import sysconfig
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -45,6 +46,7 @@ _DATA_SUFFIXES = {".json", ".yaml", ".yml", ".toml"}
 _PROSE_SUFFIXES = {".md", ".rst"}
 _PROSE_NAMES = re.compile(r"LICEN[SC]E|COPYING|NOTICE|README|METADATA|AUTHORS|CHANGE|HISTORY", re.IGNORECASE)
 _FRAGMENT = re.compile(r" ?[A-Za-z]{1,5}|[^\w\s]{1,2}|\d|\s+")
+_MACHINE_FILES = {"direct_url.json", "build-details.json"}  # they hold paths of this machine
 _Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 _SKIPPED = {"__pycache__", "site-packages", "dist-packages", "megatron_bliss", "node_modules"}
 
@@ -79,10 +81,10 @@ def find_files() -> list[SourceFile]:
 def kind_of(file: SourceFile) -> str | None:
     """The domain a file may belong to by its name: one of CAPS, `package` for code of packages, or None."""
     *folders, name = file.parts
+    if name in _MACHINE_FILES or name.startswith("_sysconfig"):
+        return None
     suffix = PurePosixPath(name).suffix.lower()
     if suffix == ".py":
-        if name.startswith("_sysconfigdata"):
-            return None
         if _TEST_FOLDERS & set(folders) or name.startswith("test_") or name == "conftest.py":
             return "tests"
         if file.root == "packages":
@@ -128,14 +130,16 @@ def split_docstrings(source: str) -> tuple[str, str]:
 
     :raises SyntaxError: if it is no Python of this version.
     """
-    statements = list(_docstrings(ast.parse(source)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)  # of other people's code
+        statements = list(_docstrings(ast.parse(source)))
     prose = [inspect.cleandoc(text) for text, _, _ in statements if len(text) >= 80]
-    lines = source.splitlines(keepends=True)
-    for _, first, last in statements:
-        block = "".join(lines[first - 1 : last]).strip()
+    lines = source.split("\n")  # as Python counts them; splitlines() also splits at form feeds
+    for _, first, last in reversed(statements):
+        block = "\n".join(lines[first - 1 : last]).strip()
         if block.endswith(('"', "'")) and re.match(r"[rRuU]?['\"]", block):
-            lines[first - 1 : last] = [""] * (last - first + 1)
-    return "".join(lines), "\n\n".join(prose)
+            del lines[first - 1 : last]
+    return "\n".join(lines), "\n\n".join(prose)
 
 
 def _docstrings(node: _Documented) -> Iterator[tuple[str, int, int]]:
