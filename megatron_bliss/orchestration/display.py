@@ -30,7 +30,7 @@ class View(Protocol):
     ) -> None: ...
     def started(self, stage: Stage, record: Record, why: str) -> None: ...
     def ended(self, stage: Stage, record: Record) -> None: ...
-    def tick(self, running: dict[str, Record], waiting: list[str], num_done: int) -> None: ...
+    def tick(self, running: list[tuple[Stage, Record]], waiting: list[str], num_done: int) -> None: ...
 
 
 def view(console: Console, run_dir: Path) -> View:
@@ -44,13 +44,13 @@ class _Watch:
         self._run_dir = run_dir
         self._paces: dict[tuple[str, int], Pace] = {}
 
-    def look(self, name: str, record: Record) -> tuple[Reading | None, str]:
+    def look(self, stage: Stage, record: Record) -> tuple[Reading | None, str]:
         """The stage's progress and the same in words."""
-        reading = last_reading(tail(self._run_dir / (record.log or ""), record.log_offset))
+        reading = last_reading(tail(self._run_dir / (record.log or ""), record.log_offset), stage.iterations)
         if reading is None:
             return None, "starting"
         words = reading.rest
-        remaining = self._paces.setdefault((name, record.attempts), Pace()).remaining(reading, time.monotonic())
+        remaining = self._paces.setdefault((stage.name, record.attempts), Pace()).remaining(reading, time.monotonic())
         if "ETA" not in words and remaining is not None:
             words = " | ".join(part for part in (f"ETA {clock(remaining)}", words) if part)
         return reading, words
@@ -89,15 +89,15 @@ class PlainView:
     def ended(self, stage: Stage, record: Record) -> None:
         self._print(_ending(stage, record, self._run_dir))
 
-    def tick(self, running: dict[str, Record], waiting: list[str], num_done: int) -> None:
+    def tick(self, running: list[tuple[Stage, Record]], waiting: list[str], num_done: int) -> None:
         if time.monotonic() - self._last < _PLAIN_INTERVAL:
             return
         self._last = time.monotonic()
         total = num_done + len(running) + len(waiting)
-        for name, record in running.items():
-            reading, words = self._watch.look(name, record)
+        for stage, record in running:
+            reading, words = self._watch.look(stage, record)
             done = f" {reading.done}/{reading.total}" if reading else ""
-            self._print(f"[{num_done}/{total} stages] {name}{done} | {words}")
+            self._print(f"[{num_done}/{total} stages] {stage.name}{done} | {words}")
 
 
 class LiveView:
@@ -126,16 +126,16 @@ class LiveView:
         mark, style = {"done": ("✓", "green"), "failed": ("✗", "bold red")}.get(record.status, ("-", "yellow"))
         self._live.console.print(Text(f"{mark} {_ending(stage, record, self._run_dir)}", style=style))
 
-    def tick(self, running: dict[str, Record], waiting: list[str], num_done: int) -> None:
+    def tick(self, running: list[tuple[Stage, Record]], waiting: list[str], num_done: int) -> None:
         if time.monotonic() - self._last < _REFRESH_INTERVAL:
             return
         self._last = time.monotonic()
         bars = Table.grid(padding=(0, 1))
-        for name, record in running.items():
-            reading, words = self._watch.look(name, record)
+        for stage, record in running:
+            reading, words = self._watch.look(stage, record)
             bar = ProgressBar(reading.total if reading else None, reading.done if reading else 0, width=24)
             count = f"{reading.done}/{reading.total}" if reading else ""
-            bars.add_row(name, bar, count, words, clock(time.time() - (record.started or time.time())))
+            bars.add_row(stage.name, bar, count, words, clock(time.time() - (record.started or time.time())))
         elapsed = clock(time.monotonic() - self._began)
         total = num_done + len(running) + len(waiting)
         more = f" and {len(waiting) - _UPCOMING} more" if len(waiting) > _UPCOMING else ""

@@ -92,7 +92,7 @@ class _Work:
                 self._ended(stage, exit_code)
         self._start_ready()
         records = state.read_state(self.run_dir) if self.running else {}
-        running = {name: records[name] for name in self.running}
+        running = [(stage, records[name]) for name, (stage, _) in self.running.items()]
         self.shown.tick(running, [stage.name for stage in self.waiting], len(self.done))
         return bool(self.running or self.waiting)
 

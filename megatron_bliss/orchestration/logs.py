@@ -22,9 +22,16 @@ def tail(log: Path, offset: int = 0) -> list[str]:
         return []
 
 
-def last_reading(lines: list[str]) -> Reading | None:
-    """The newest progress among the lines."""
-    return next((reading for line in reversed(lines) if (reading := parse(line))), None)
+def last_reading(lines: list[str], iterations: tuple[int, int] | None = None) -> Reading | None:
+    """The newest progress among the lines.
+
+    :param iterations: first and last iteration of the stage; Megatron counts through all rounds.
+    """
+    reading = next((reading for line in reversed(lines) if (reading := parse(line))), None)
+    if reading is None or iterations is None:
+        return reading
+    first, last = iterations
+    return Reading(max(reading.done - first, 0), last - first, reading.rest)
 
 
 def user_error(lines: list[str], exit_code: int) -> str | None:

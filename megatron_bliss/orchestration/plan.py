@@ -58,6 +58,7 @@ class Stage:
     needs: tuple[str, ...]  # names of stages
     inputs: tuple[Path, ...]
     outputs: tuple[Path, ...]
+    iterations: tuple[int, int] | None = None  # of the LLM at the start and the end, where Megatron counts them
 
 
 def arms(config: RunConfig, run_dir: Path) -> list[Arm]:
@@ -98,13 +99,14 @@ def _stage(
     output: Path,
     round_number: int | None = None,
     distributed: bool = True,
+    iterations: tuple[int, int] | None = None,
 ) -> Stage:
     words: tuple[str, ...] = (command, "--run", str(arm.paths.root))
     if round_number is not None:
         words += ("--round", str(round_number))
     num_ranks = arm.config.launch.nproc_per_node if distributed else 1
     name = arm.stage_name(command, round_number)
-    return Stage(name, arm.paths.root, words, num_ranks, tuple(needs), tuple(inputs), (output,))
+    return Stage(name, arm.paths.root, words, num_ranks, tuple(needs), tuple(inputs), (output,), iterations)
 
 
 def _inventory(arm: Arm) -> Stage:
@@ -118,16 +120,23 @@ def _inventory(arm: Arm) -> Stage:
 def _warmup(arm: Arm, with_proxy: bool) -> list[Stage]:
     selection = arm.paths.warmup_selection
     inventory = [arm.paths.inventory]
-    models = {"warmup-target": arm.paths.warmup_target}
+    after = ["warmup-select"]
+    stages = [_stage(arm, "warmup-select", needs=["inventory"], inputs=inventory, output=selection, distributed=False)]
+    if arm.config.warmup.target_steps:
+        span = (0, arm.last_iteration(0))
+        stages.append(
+            _stage(
+                arm,
+                "warmup-target",
+                needs=after,
+                inputs=[selection],
+                output=arm.paths.warmup_target,
+                iterations=span,
+            )
+        )
     if with_proxy:
-        models["warmup-proxy"] = arm.paths.warmup_proxy
-    return [
-        _stage(arm, "warmup-select", needs=["inventory"], inputs=inventory, output=selection, distributed=False),
-        *(
-            _stage(arm, command, needs=["warmup-select"], inputs=[selection], output=model)
-            for command, model in models.items()
-        ),
-    ]
+        stages.append(_stage(arm, "warmup-proxy", needs=after, inputs=[selection], output=arm.paths.warmup_proxy))
+    return stages
 
 
 def _round(arm: Arm, number: int, earlier: set[str]) -> list[Stage]:
@@ -137,12 +146,13 @@ def _round(arm: Arm, number: int, earlier: set[str]) -> list[Stage]:
     inventory_file = paths.inventory
     if inventory not in earlier:
         inventory, inventory_file = "inventory", arm.warmup.inventory
-    target, proxy = arm.target_checkpoint(number - 1), arm.warmup.warmup_proxy
+    proxy = arm.warmup.warmup_proxy
+    target = [arm.target_checkpoint(number - 1)] if arm.last_iteration(number - 1) else []
     after_target = [arm.stage_name("pretrain", number - 1) if number > 1 else "warmup-target"]
     after_model, model = ["warmup-proxy"], proxy
     stages = []
     if method.learns:
-        needs, inputs = [inventory, "warmup-proxy", *after_target], [inventory_file, proxy, target]
+        needs, inputs = [inventory, "warmup-proxy", *after_target], [inventory_file, proxy, *target]
         if number > 1:  # the score model carries over
             needs.append(arm.stage_name("bilevel", number - 1))
             inputs.append(paths.bilevel(number - 1))
@@ -169,9 +179,10 @@ def _round(arm: Arm, number: int, earlier: set[str]) -> list[Stage]:
             arm,
             "pretrain",
             needs=[arm.stage_name("select", number), *after_target],
-            inputs=[selection, target],
+            inputs=[selection, *target],
             output=trained,
             round_number=number,
+            iterations=(arm.last_iteration(number - 1), arm.last_iteration(number)),
         ),
         _stage(
             arm,

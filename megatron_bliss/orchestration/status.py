@@ -41,7 +41,7 @@ def show(run_dir: Path) -> None:
         record = records.get(stage.name, Record())
         standing, note = _standing(run_dir, stage, record)
         states.append(standing)
-        figures = " | ".join(part for part in (note, _figures(run_dir, record)) if part)
+        figures = " | ".join(part for part in (note, _figures(run_dir, stage, record)) if part)
         table.add_row(stage.name, Text(standing, style=_STYLES.get(standing, "dim")), *_times(record), Text(figures))
     console = Console(width=None if sys.stdout.isatty() else _WIDTH)
     console.print(table)
@@ -75,11 +75,11 @@ def _times(record: Record) -> tuple[str, str]:
     return began, clock((end or record.started) - record.started)
 
 
-def _figures(run_dir: Path, record: Record) -> str:
+def _figures(run_dir: Path, stage: Stage, record: Record) -> str:
     """Progress while it runs, with the time to go; the last numbers afterwards."""
     if record.log is None:
         return ""
-    reading = last_reading(tail(run_dir / record.log, record.log_offset))
+    reading = last_reading(tail(run_dir / record.log, record.log_offset), stage.iterations)
     if reading is None:
         return ""
     if record.status != "running":

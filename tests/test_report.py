@@ -1,0 +1,301 @@
+"""Report and result from synthetic files of a run, and the pure functions under them."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_bliss.artifacts import RunPaths, read_json, write_json
+from megatron_bliss.config import RunConfig, read_saved_config
+from megatron_bliss.data.inventory import Inventory
+from megatron_bliss.data.scores import ScoreWriter
+from megatron_bliss.data.selection import Counts, KeptShard, write_selection
+from megatron_bliss.errors import UserError
+from megatron_bliss.orchestration.cost import (
+    Cost,
+    PoolSize,
+    arm_costs,
+    bilevel_flops_per_step,
+    quantity,
+    selection_flops,
+    train_flops,
+)
+from megatron_bliss.orchestration.plan import arms
+from megatron_bliss.orchestration.state import prepare
+from megatron_bliss.report import page, result
+from megatron_bliss.report.collect import collect
+from megatron_bliss.report.speedup import Speedup, auc, iteration_of_loss, speedup
+from megatron_bliss.stages.inventory import collect as take_inventory
+from tests.tiny_run import tiny_config
+
+DOMAINS = ("walk", "noise")
+
+
+# --- speed-up and AUC
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [(4.0, 100.0), (3.5, 150.0), (2.0, 400.0), (1.9, None), (5.0, 100.0)],
+)
+def test_iteration_of_a_loss(loss: float, expected: float | None) -> None:
+    curve = [(100, 4.0), (200, 3.0), (300, 3.2), (400, 2.0)]  # the bump at 300 is not progress
+    assert iteration_of_loss(curve, loss) == expected
+
+
+def test_speedup_counts_from_the_end_of_the_warmup() -> None:
+    curve = [(500, 3.0), (600, 2.0)]
+    assert speedup(curve, 2.5, reached_at=450, start=400) == Speedup(pytest.approx(150 / 50), lower_bound=False)
+    assert speedup(curve, 1.0, reached_at=450, start=400) == Speedup(pytest.approx(200 / 50), lower_bound=True)
+
+
+@given(st.lists(st.floats(1, 5), min_size=2, max_size=20), st.floats(1, 5), st.floats(0, 1))
+def test_a_lower_loss_is_never_reached_sooner(losses: list[float], loss: float, drop: float) -> None:
+    curve = [(100 * (place + 1), value) for place, value in enumerate(losses)]
+    early, late = iteration_of_loss(curve, loss), iteration_of_loss(curve, loss - drop)
+    assert late is None or (early is not None and early <= late)
+    assert (early is None) == (min(losses) > loss)
+    if early is not None:
+        assert curve[0][0] <= early <= curve[-1][0]
+
+
+@given(
+    st.lists(st.integers(-5, 5), min_size=1, max_size=12),
+    st.lists(st.integers(-5, 5), min_size=1, max_size=12),
+)
+def test_auc_is_the_share_of_won_pairs(positive: list[int], negative: list[int]) -> None:
+    pairs = [(p > n) + 0.5 * (p == n) for p in positive for n in negative]
+    found = auc(np.array(positive, np.float32), np.array(negative, np.float32))
+    assert found == pytest.approx(sum(pairs) / len(pairs), abs=1e-12)
+
+
+# --- a run made of files
+
+
+def losses(value: float) -> dict[str, Any]:
+    return {
+        "validation_loss": value + 0.1,
+        "test_loss": value,
+        "domain_loss": {"walk": value - 1, "noise": value + 1},
+    }
+
+
+def write_results(paths: RunPaths, number: int, first: int, last: int, loss_at: Any) -> None:
+    curve = [{"iteration": i, "tokens": 128 * i, **losses(loss_at(i))} for i in range(first + 3, last + 1, 3)]
+    decay = losses(loss_at(last) - 0.25)
+    content = {"schema": 1, "iteration": last, "tokens_trained": 128 * last, "decay": decay, "curve": curve}
+    write_json(paths.evaluation(number) / "results.json", content)
+
+
+def write_scores(paths: RunPaths, inventory: Inventory) -> None:
+    """Sequences of `walk` score 1 or 2, those of `noise` 0 or 1: three quarters of the pairs won, the rest tied."""
+    wanted = {record.name: np.arange(0, record.num_sequences, 2, dtype=np.int32) for record in inventory.pool}
+    writer = ScoreWriter(
+        paths.scores(2), inventory.pool, wanted, method="bliss", model_digest="", seed=7, chunk_sequences=10_000
+    )
+    for chunk in writer.pending():
+        base = 1 if chunk.record.domain == "walk" else 0
+        writer.write(chunk, (base + np.arange(len(chunk.ids)) % 2).astype(np.float32))
+
+
+def write_selections(paths: RunPaths, inventory: Inventory, kept_tokens: dict[str, int]) -> None:
+    shards = [
+        KeptShard(record, np.arange(5, dtype=np.int32), Counts(5, kept_tokens[record.domain], 200, 1000), 0.5)
+        for record in inventory.pool
+    ]
+    for number in (1, 2):
+        write_selection(
+            paths.selection(number),
+            shards,
+            method="bliss",
+            seed=7,
+            fraction=0.2,
+            thresholds={},
+            blend_policy="pool",
+            sources={},
+        )
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """Two rounds of 6 steps after a warm-up of 6; a random control of twice the steps that ends at the same loss."""
+    config: RunConfig = read_saved_config(tiny_config(tmp_path))
+    run_dir = tmp_path / "run"
+    prepare(config, run_dir)
+    inventory = take_inventory(config)
+    main, random = arms(config, run_dir)
+    inventory.write(main.paths.inventory)
+    for number in (1, 2):
+        ends = main.last_iteration(number - 1), main.last_iteration(number)
+        write_results(main.paths, number, *ends, lambda i: 5 - 0.1 * (i - 6))
+        write_results(
+            random.paths,
+            number,
+            random.last_iteration(number - 1),
+            random.last_iteration(number),
+            lambda i: 5 - 0.05 * (i - 6),
+        )
+        metrics = main.paths.bilevel(number) / "metrics.jsonl"
+        metrics.parent.mkdir(parents=True)
+        metrics.write_text(
+            "".join(json.dumps({"step": s, "kl": 1 / s, "z_norm": s, "note": "x"}) + "\n" for s in range(1, 9))
+        )
+    write_selections(main.paths, inventory, {"walk": 300, "noise": 100})
+    write_selections(random.paths, inventory, {"walk": 200, "noise": 200})
+    write_scores(main.paths, inventory)
+    return run_dir
+
+
+def test_result_compares_like_with_like_at_the_common_step(run: Path) -> None:
+    found = result.demo_result(run, seed=3, target_domain="walk", wall_s=12.5)
+    assert (found["schema"], found["seed"], found["wall_s"], found["iteration"]) == (1, 3, 12.5, 18)
+    bliss, random = found["arms"]["bliss"], found["arms"]["random"]
+    # random's decay branches leave at 18 and 30, the main arm's at 12 and 18
+    assert found["measure"] == "after decay"
+    assert bliss["test_loss"] == pytest.approx(5 - 1.2 - 0.25)
+    assert random["test_loss"] == pytest.approx(5 - 0.6 - 0.25)
+    assert random["domain_loss"] == {"walk": pytest.approx(3.15), "noise": pytest.approx(5.15)}
+    assert bliss["tokens"] == random["tokens"] == 18 * 4 * 32
+    assert bliss["train_flops"] == random["train_flops"]
+    assert bliss["selection_flops"] > random["selection_flops"] == 0
+    assert found["speedup_over_random"] == pytest.approx(2.0)  # undecayed: 3.8 at 18 and at 30
+    assert found["speedup_is_lower_bound"] is False
+    assert found["auc_target_domain"] == pytest.approx(7 / 8)
+
+
+def test_result_falls_back_to_the_main_line_for_every_arm(run: Path) -> None:
+    (run / "controls/random/round-0001/evaluation/results.json").unlink()
+    path = run / "controls/random/round-0002/evaluation/results.json"
+    content = read_json(path)
+    content["curve"] = [point | {"iteration": point["iteration"] - 7} for point in content["curve"]]  # 14, 17, 20, 23
+    write_json(path, content)
+    found = result.demo_result(run)
+    assert found["measure"] == "before decay"
+    assert found["arms"]["bliss"]["test_loss"] == pytest.approx(3.8)
+    assert found["arms"]["random"]["test_loss"] == pytest.approx(4.1 - 0.15 / 3)  # a third of the way from 17 to 20
+    assert found["seed"] == 7
+
+
+def test_a_target_domain_that_is_not_there_is_refused(run: Path) -> None:
+    with pytest.raises(UserError, match="'prose' is not in the pool; it has walk, noise"):
+        result.demo_result(run, target_domain="prose")
+
+
+def test_the_page_shows_the_numbers_of_the_json(run: Path) -> None:
+    write_json(run / "result.json", result.demo_result(run, target_domain="walk", wall_s=3723))
+    result.write(run)
+    page.write(run)
+    found, html = read_json(run / "result.json"), (run / "report.html").read_text()
+    assert found["target_domain"] == "walk"
+    assert found["wall_s"] == 3723
+    for arm in found["arms"].values():
+        for value in (arm["test_loss"], *arm["domain_loss"].values()):
+            assert f"<td>{value:.4f}</td>" in html
+        assert f"<td>{arm['train_flops']:.2e}</td>" in html
+        assert f"<td>{quantity(arm['tokens'])}</td>" in html
+    assert "Random data needed 2.0 times the steps of bliss" in html
+    assert f"probability {found['auc_target_domain']:.2f}" in html
+    assert "1:02:03 in all" in html
+    for number in (1, 2):
+        decay = read_json(run / f"round-000{number}/evaluation/results.json")["decay"]
+        assert f"<td>{decay['test_loss']:.4f}</td>" in html
+    assert html.count("<svg") == 3
+    assert "‖z‖" in html
+    assert not re.search(r"""(?:src|href)=["'](?:https?:)?//|<script|@import""", html)
+
+
+def test_the_page_of_a_run_that_is_not_done(run: Path) -> None:
+    for path in [
+        *run.glob("round-*/bilevel/*"),
+        *run.glob("controls/*/round-*/evaluation/*"),
+        *run.glob("round-0002/*/*.json"),
+    ]:
+        path.unlink()
+    page.write(run)
+    assert "<svg" in (run / "report.html").read_text()
+
+
+def test_a_run_without_any_evaluation_has_no_report(tmp_path: Path) -> None:
+    prepare(read_saved_config(tiny_config(tmp_path)), tmp_path / "run")
+    with pytest.raises(UserError, match="no evaluation yet"):
+        page.write(tmp_path / "run")
+    with pytest.raises(UserError, match=r"has no run\.yaml"):
+        page.write(tmp_path)
+
+
+def test_kept_shares_come_from_the_manifests(run: Path) -> None:
+    files = collect(run)
+    main, random = files.arms
+    assert main.rounds[1].kept["walk"].kept_tokens == 300
+    assert random.rounds[0].kept == {domain: Counts(5, 200, 200, 1000) for domain in DOMAINS}
+    assert [set(line) for line in main.rounds[0].bilevel] == [{"step", "kl", "z_norm"}] * 8
+
+
+def described(**changes: Any) -> dict[str, Any]:
+    arm = {"method": "bliss", "test_loss": 3.0, "selection_flops": 1e9, "train_flops": 4e9}
+    random = {"method": "random", "test_loss": 3.5, "selection_flops": 0.0, "train_flops": 4e9}
+    return {
+        "main_arm": "bliss",
+        "iteration": 10,
+        "measure": "after decay",
+        "arms": {"bliss": arm, "random": random},
+        "speedup_over_random": 3.0,
+        "speedup_is_lower_bound": True,
+        "auc_target_domain": None,
+    } | changes
+
+
+def test_the_summary_is_plain_about_success_and_failure() -> None:
+    good = " ".join(page.summary(described()))
+    assert "random is at 3.500, which is 0.500 worse" in good
+    assert "had not reached that loss after 3.0 times the steps" in good
+    assert "Selecting took 25%" in good
+    bad = described(speedup_over_random=0.8, speedup_is_lower_bound=False)
+    bad["arms"]["random"]["test_loss"] = 2.9
+    bad["arms"]["simple"] = {"method": "perplexity", "test_loss": 3.001}
+    text = " ".join(page.summary(bad))
+    assert "0.100 better: the selection by bliss did not help here" in text
+    assert "bliss was not faster" in text
+    assert "no different: a simpler rule does as well" in text
+
+
+# --- cost
+
+
+def test_flops_of_an_outer_step_by_hand(tmp_path: Path) -> None:
+    config: RunConfig = read_saved_config(tiny_config(tmp_path))
+    blocks, output, attention = 2 * (4 * 32 * 32 + 2 * 32 * 64), 256 * 32, 2 * 2 * 32 * 32
+    per_token = 3 * (2 * (blocks + output) + attention)  # proxy and target alike
+    batch = 8 * 32 * per_token
+    # defaults, two micro-batches: two displaced gradients with the target's logits once, validation, score model
+    assert bilevel_flops_per_step(config) == pytest.approx(batch * (2 + 1 + 4 / 3 + 1 / 3))
+    config.bilevel.gamma, config.bilevel.curvature = 0, "none"
+    assert bilevel_flops_per_step(config) == pytest.approx(batch * (1 + 2 / 3 + 1 + 4 / 3))
+
+
+def test_costs_add_up(tmp_path: Path) -> None:
+    config: RunConfig = read_saved_config(tiny_config(tmp_path))
+    main, random = arms(config, tmp_path / "run")
+    pool = PoolSize(1200, 30_000)
+    costs = arm_costs(main, pool)
+    assert costs["round-0001/score"].sequences == 400
+    assert costs["round-0001/select"].tokens == 2000
+    assert costs["round-0001/pretrain"].tokens == 6 * 4 * 32
+    assert train_flops(config, 18) == pytest.approx(3 * (costs["round-0001/pretrain"].flops or 0))
+    parts = [costs[f"round-000{n}/{stage}"].flops or 0 for n in (1, 2) for stage in ("bilevel", "score")]
+    assert selection_flops(main, PoolSize(1200, 30_000)) == pytest.approx(
+        sum(parts) + (costs["warmup-proxy"].flops or 0)
+    )
+    assert selection_flops(random, None) == 0
+    assert selection_flops(main, None) is None
+    assert arm_costs(main, None)["round-0001/score"] == Cost(None, None, None, None)
+
+
+@pytest.mark.parametrize(("number", "text"), [(0, "0"), (999, "999"), (1234567, "1.23M"), (7.4e9, "7.4G")])
+def test_quantities_are_short(number: float, text: str) -> None:
+    assert quantity(number) == text
