@@ -19,6 +19,7 @@ _STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
+    "axes.axisbelow": True,
     "grid.color": "#e6e6e6",
     "legend.frameon": False,
 }
@@ -74,10 +75,13 @@ def kept_shares(run: RunFiles) -> str | None:
     domains = [domain.name for domain in run.config.data.pool]
     num_bars = 1 + run.config.rounds
     with mpl.rc_context(_STYLE):
-        height = 0.8 + len(drawn) * (0.5 + 0.14 * num_bars * len(domains))
+        height = 1.0 + len(drawn) * (0.5 + 0.14 * num_bars * len(domains))
         figure = Figure(figsize=(7.2, height), layout="constrained")
-        for axes, files in zip(figure.subplots(len(drawn), 1, squeeze=False)[:, 0], drawn, strict=True):
+        panels = figure.subplots(len(drawn), 1, squeeze=False, sharex=True)[:, 0]
+        for axes, files in zip(panels, drawn, strict=True):
             _draw_kept(axes, files, domains, num_bars)
+        panels[-1].set_xlabel("% of tokens")
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=min(num_bars, 4))
         return _svg(figure)
 
 
@@ -96,9 +100,7 @@ def _draw_kept(axes: Axes, files: ArmFiles, domains: list[str], num_bars: int) -
     axes.set_yticks([row + 0.4 - width / 2 for row in range(len(domains))], domains)
     axes.invert_yaxis()
     axes.set_title(files.name, loc="left", fontweight="bold")
-    axes.set_xlabel("% of tokens")
     axes.grid(axis="y", visible=False)
-    axes.legend(loc="lower right")
 
 
 def _shares(amounts: list[int]) -> list[float]:
