@@ -85,7 +85,6 @@ class AdamW:
     def moments(self) -> dict[str, Vector]:
         """The two running averages as vectors; zeros before the first step."""
         states = [self.optimizer.state.get(master, {}) for master in self.space.masters]
-        # zeros of its own for each name: a checkpoint is loaded into them
         return {
             name: [state.get(name, zero) for state, zero in zip(states, self.space.zeros(), strict=True)]
             for name in MOMENTS

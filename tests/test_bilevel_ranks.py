@@ -1,0 +1,154 @@
+"""The bilevel engine on Megatron models: against plain formulas, and the same numbers in every layout of ranks.
+
+Everything is float32 on gloo ranks; one rank gives the reference. Losses, weights and gradients agree to 1e-5 of their
+largest entry. Central differences divide the rounding of two passes by a small step: products, derivatives and the
+hypergradient agree to 5e-3 of their norm.
+"""
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_bliss.stages import inventory, select
+from tests.bilevel_ranks import LAYOUTS, one_rank, two_ranks
+from tests.distributed import run_ranks
+from tests.side_models import edit_config
+from tests.tiny_run import tiny_config
+
+ROUNDING = 1e-5
+DIFFERENCES = 5e-3
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run directories up to the warm-up's selection, one for each layout; sequences are longer than a window."""
+    folder = tmp_path_factory.mktemp("bilevel")
+    settings = tiny_config(folder, control=False)
+    run = folder / "run"
+    run.mkdir()
+    shutil.copy(settings, run / "run.yaml")
+    edit_config(run, data__sequence_length=20, bilevel__gamma=0.0, bilevel__outer_steps=8)
+    inventory.run(run)
+    select.run(run, None)
+    for name in ("killed", *(f"run-{layout}" for layout in LAYOUTS)):
+        shutil.copytree(run, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one(folder: Path) -> dict[str, Any]:
+    return run_ranks(one_rank, 1, folder, timeout=120)[0]
+
+
+@pytest.fixture(scope="module")
+def two(folder: Path, one: dict[str, Any]) -> list[dict[str, Any]]:
+    return run_ranks(two_ranks, 2, folder, timeout=180)
+
+
+def close(found: Any, expected: Any, tolerance: float = ROUNDING) -> None:
+    expected = np.asarray(expected)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * np.abs(expected).max())
+
+
+def distance(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+def test_terms_and_gradient_are_those_of_the_plain_formulas(one: dict[str, Any]) -> None:
+    for found, expected in one["plain"].values():
+        close(found, expected)
+
+
+def test_megatron_layers_can_be_differentiated_twice_on_one_rank(one: dict[str, Any]) -> None:
+    assert distance(one["exact"]["fd"], one["exact"]["exact"]) < 2e-3
+
+
+def test_micro_batches_change_nothing(one: dict[str, Any]) -> None:
+    whole, parts = one["micro-batch 8"], one["micro-batch 3"]
+    check_same(parts, whole, parts["derivatives"], parts["losses"], parts["weights"])
+
+
+def check_same(
+    found: dict[str, Any], expected: dict[str, Any], derivatives: Any, sequence_losses: Any, weights: Any
+) -> None:
+    assert found["same"], "parameters after a hypergradient differ from those before"
+    assert found["no grad"]
+    for name in ("value", "kl", "z"):
+        close(found[name], expected[name])
+    close(weights, expected["weights"])
+    close(sequence_losses, expected["losses"])
+    close(found["vectors"]["gradient"], expected["vectors"]["gradient"])
+    assert distance(derivatives, expected["derivatives"]) < DIFFERENCES
+    for name in ("product", "hypergradient"):
+        assert distance(found["vectors"][name], expected["vectors"][name]) < DIFFERENCES
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_hypergradient_does_not_depend_on_the_layout(
+    one: dict[str, Any], two: list[dict[str, Any]], layout: str
+) -> None:
+    expected = one["micro-batch 8"]
+    for found in two:
+        if layout == "dp":  # rank r has sequences r, r + 2, …
+            whole = {name: np.empty(8) for name in ("derivatives", "losses", "weights")}
+            for name, values in whole.items():
+                for rank in range(2):
+                    values[rank::2] = two[rank][layout][name]
+        else:
+            whole = found[layout]
+        assert abs(whole["weights"].sum() - 1) < 1e-6
+        check_same(found[layout], expected, whole["derivatives"], whole["losses"], whole["weights"])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_training_does_not_depend_on_the_layout(one: dict[str, Any], two: list[dict[str, Any]], layout: str) -> None:
+    for found in two:
+        for step, expected in zip(found[f"{layout} train"], one["train"], strict=True):
+            for name in ("train_loss", "weighted_loss", "validation_loss", "kl", "weight_entropy", "score_std"):
+                assert step[name] == pytest.approx(expected[name], rel=1e-3), name
+            assert step["z_norm"] == pytest.approx(expected["z_norm"], rel=DIFFERENCES)
+            assert step["contained"] == expected["contained"]
+
+
+def test_losses_are_those_of_the_plain_formulas(one: dict[str, Any], two: list[dict[str, Any]]) -> None:
+    for errors in (one["losses"], *(found["losses"] for found in two)):
+        assert len(errors) == 18
+        assert max(errors.values()) < 2e-5, errors  # losses up to 20, in float32
+
+
+def test_exact_is_refused_under_tensor_parallelism(two: list[dict[str, Any]]) -> None:
+    assert "bilevel.curvature=exact needs proxy.tensor_parallel=1" in two[0]["refused"]
+
+
+def readings(lines: list[str]) -> list[dict[str, float]]:
+    """Metrics without the rate."""
+    return [{k: v for k, v in json.loads(line).items() if k != "tokens_per_second"} for line in lines]
+
+
+def test_the_stage_resumes_to_the_same_bits(one: dict[str, Any]) -> None:
+    stage = one["stage"]
+    assert stage["reached"] == 3
+    assert readings(stage["killed"]["metrics"]) == readings(stage["run"]["metrics"])
+    assert [entry["step"] for entry in readings(stage["run"]["metrics"])] == list(range(1, 9))
+    for whole, continued in zip(stage["run"]["parameters"], stage["killed"]["parameters"], strict=True):
+        np.testing.assert_array_equal(continued, whole)
+    first = readings(stage["run"]["metrics"])[0]
+    assert first["kl"] == 0
+    assert first["weight_entropy"] == pytest.approx(math.log(8))  # a head of zeros: equal weights
+
+
+def test_a_second_round_starts_as_the_paper_says(one: dict[str, Any]) -> None:
+    assert one["stage"]["second round"] == dict.fromkeys(one["stage"]["second round"], True)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_stage_does_not_depend_on_the_layout(one: dict[str, Any], two: list[dict[str, Any]], layout: str) -> None:
+    expected = readings(one["stage"]["run"]["metrics"])
+    for found, step in zip(readings(two[0][f"{layout} stage"]), expected, strict=True):
+        for name in ("train_loss", "validation_loss", "weight_entropy", "z_norm"):
+            assert found[name] == pytest.approx(step[name], rel=2e-3), name
