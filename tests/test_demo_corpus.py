@@ -9,7 +9,7 @@ import pytest
 
 from megatron_bliss.data import demo_corpus
 from megatron_bliss.data.deduplicate import line_keys
-from megatron_bliss.data.demo_corpus import CAPS, SourceFile, build, kind_of, split_docstrings, write_demo_corpus
+from megatron_bliss.data.demo_corpus import CAPS, SourceFile, build, collect, kind_of, split_docstrings
 from megatron_bliss.data.documents import read_documents
 from megatron_bliss.data.experiment_corpus import Prepared, prepare
 from megatron_bliss.data.shards import Shard
@@ -77,12 +77,14 @@ def test_kinds_of_files(root: str, relative: str, kind: str | None) -> None:
 
 @pytest.fixture(scope="module")
 def corpus() -> dict[str, list[str]]:
-    """The built-in corpus, small: every cap is a tenth."""
+    """The built-in corpus, small: every cap is a tenth, and a third of the files is looked at."""
+    some = demo_corpus.find_files()[::3]
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo_corpus, "find_files", lambda: some)
         patch.setattr(demo_corpus, "CAPS", {name: cap // 10 for name, cap in CAPS.items()})
         patch.setattr(demo_corpus, "HELD_OUT_CHARACTERS", 60_000)
         patch.setattr(demo_corpus, "_TOPICS_CHARACTERS", 30_000)
-        return build(seed=3)
+        return collect(seed=3)
 
 
 def test_every_domain_is_there_within_its_cap(corpus: dict[str, list[str]]) -> None:
@@ -108,11 +110,17 @@ def test_held_out_text_is_nowhere_else(corpus: dict[str, list[str]]) -> None:
 def prepared(corpus: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     folder = tmp_path_factory.mktemp("demo")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo_corpus, "build", lambda seed: corpus)
-        write_demo_corpus(folder / "text", seed=3)
+        patch.setattr(demo_corpus, "collect", lambda seed: corpus)
+        build(folder / "text", seed=3)
     text = folder / "text"
     return prepare(
-        text, text / "validation.jsonl", text / "test.jsonl", folder / "shards", vocab_size=1024, cut=128, seed=3
+        text / "pool",
+        text / "validation.jsonl",
+        text / "test.jsonl",
+        folder / "shards",
+        vocab_size=1024,
+        cut=128,
+        seed=3,
     )
 
 
@@ -121,7 +129,21 @@ def test_written_and_prepared_like_any_corpus(prepared: Prepared, corpus: dict[s
     for prefix in prepared.prefixes:
         assert Shard(prefix).sequence_lengths.max() <= 128
     folder = Path(prepared.tokenizer).parent.parent / "text"
-    assert [document.text for document in read_documents(folder / "docs.jsonl")] == corpus["docs"]
+    assert [document.text for document in read_documents(folder / "pool" / "docs.jsonl")] == corpus["docs"]
+
+
+def test_text_that_was_written_is_kept_and_another_seed_or_a_damage_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds = []
+    monkeypatch.setattr(demo_corpus, "collect", lambda seed: seeds.append(seed) or {"a": [str(seed)], "test": ["x"]})
+    for seed in (1, 1, 2):
+        build(tmp_path, seed)
+    assert seeds == [1, 2]
+    (tmp_path / "pool" / "a.jsonl").write_text("")
+    build(tmp_path, 2)
+    assert seeds == [1, 2, 2]
+    assert (tmp_path / "pool" / "a.jsonl").read_text() == '{"text": "2"}\n'
 
 
 def test_junk_is_harder_than_any_real_domain(prepared: Prepared) -> None:
@@ -167,11 +189,11 @@ def test_the_same_files_anywhere_give_the_same_corpus(tmp_path: Path, monkeypatc
     for name in ("one", "two/deeper"):
         paths = make_tree(tmp_path / name)
         monkeypatch.setattr(sysconfig, "get_paths", lambda paths=paths: paths)
-        found.append(build(seed=5))
+        found.append(collect(seed=5))
     assert found[0] == found[1]
     real = {name: texts for name, texts in found[0].items() if name not in ("docs", "junk", "test", "validation")}
     assert set(real) == {"stdlib", "tests", "licences", "data"}
     assert not any("\x00" in text or "print 'x'" in text for texts in real.values() for text in texts)
     assert 190_000 < len(real["data"][0]) <= 200_000
     assert real["data"][0].endswith("\n")
-    assert build(seed=6)["junk"] != found[0]["junk"]
+    assert collect(seed=6)["junk"] != found[0]["junk"]

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path, PurePosixPath
 
-from megatron_bliss.artifacts import atomic_write
+from megatron_bliss.artifacts import atomic_write, digest_file, read_json, write_json
 from megatron_bliss.data.deduplicate import KeptLines
 
 # Characters of each domain in the pool, at most.
@@ -34,6 +34,8 @@ CAPS = {
     "docs": 1_650_000,
     "junk": 2_400_000,
 }
+TARGET_DOMAIN = "docs"  # what the held-out sets are of
+HELD_OUT = ("test", "validation")
 HELD_OUT_CHARACTERS = 225_000  # of docs, in validation and test each
 _FILE_CHARACTERS = 200_000  # of a single file, at most
 _TABLE_BYTES = 20_000  # of a package's file, at least, that may be a table
@@ -153,7 +155,7 @@ def _docstrings(node: _Documented) -> Iterator[tuple[str, int, int]]:
                 yield text, child.lineno, child.end_lineno or child.lineno
 
 
-def build(seed: int) -> dict[str, list[str]]:
+def collect(seed: int) -> dict[str, list[str]]:
     """Documents of each domain of the pool, of `validation` and of `test`; the same for the same files and seed."""
     files: dict[str, list[SourceFile]] = defaultdict(list)
     for file in sorted(find_files(), key=lambda file: _draw(seed, f"{file.root}/{file.relative}")):
@@ -163,7 +165,7 @@ def build(seed: int) -> dict[str, list[str]]:
     random.Random(f"{seed} prose").shuffle(prose)  # noqa: S311 (not cryptography)
     kept = KeptLines()
     source_files = iter(prose)  # used up in turn, so no source file is in two of the sets
-    corpus = {name: _take(source_files, HELD_OUT_CHARACTERS, kept) for name in ("test", "validation")}
+    corpus = {name: _take(source_files, HELD_OUT_CHARACTERS, kept) for name in HELD_OUT}
     candidates: dict[str, Iterable[str]] = {
         "docs": chain(_topics(seed), source_files),
         "stdlib": (code for code, _ in stdlib),
@@ -255,13 +257,32 @@ def make_junk(texts: Iterable[str], num_characters: int, seed: int) -> Iterator[
         yield text
 
 
-def write_demo_corpus(out: Path, seed: int) -> dict[str, list[str]]:
-    """Write `NAME.jsonl` for each domain, `validation.jsonl` and `test.jsonl` to `out`, and print a table of them."""
-    corpus = build(seed)
+def build(out: Path, seed: int) -> None:
+    """Write `pool/NAME.jsonl` a domain, `validation.jsonl` and `test.jsonl` below `out`, and print a table of them.
+
+    What an earlier call with the same seed wrote is kept, even if packages were installed since.
+    """
+    record = out / "corpus.json"
+    if _finished(record, seed):
+        return
+    for stale in (out / "pool").glob("*.jsonl"):
+        stale.unlink()
+    files = {}
     print(f"{'domain':<12}{'documents':>10}{'MB':>8}")
-    for name, texts in corpus.items():
-        with atomic_write(out / f"{name}.jsonl", "w") as stream:
-            for text in texts:
-                stream.write(json.dumps({"text": text}) + "\n")
+    for name, texts in collect(seed).items():
+        path = out / f"{name}.jsonl" if name in HELD_OUT else out / "pool" / f"{name}.jsonl"
+        with atomic_write(path, "w") as stream:
+            stream.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+        files[str(path.relative_to(out))] = digest_file(path)
         print(f"{name:<12}{len(texts):>10}{sum(len(text.encode()) for text in texts) / 1e6:>8.2f}", flush=True)
-    return corpus
+    write_json(record, {"schema": 1, "seed": seed, "files": files})
+
+
+def _finished(record: Path, seed: int) -> bool:
+    if not record.is_file():
+        return False
+    content = read_json(record)
+    return content["seed"] == seed and all(
+        (record.parent / name).is_file() and digest_file(record.parent / name) == digest
+        for name, digest in content["files"].items()
+    )
