@@ -344,8 +344,16 @@ def save_config(config: RunConfig, path: Path) -> None:
 
 
 def read_saved_config(path: Path) -> RunConfig:
-    """The settings a run was started with."""
-    return _checked(OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(path)))
+    """The settings a run was started with.
+
+    :raises UserError: if the file is missing or damaged.
+    """
+    try:
+        return _checked(OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(path)))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; give a directory that `megatron-bliss run` has made") from None
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: {str(error).splitlines()[0]}; restore the file, or start a new run") from None
 
 
 def differences(saved: RunConfig, now: RunConfig) -> list[str]:

@@ -42,9 +42,12 @@ def fake_command(behaviour: dict[str, Any]) -> Callable[[Stage], list[str]]:
     """See `fake_stage`; stages in `torchrun` are started as two ranks."""
 
     def command(stage: Stage) -> list[str]:
-        ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        launcher = ranks if stage.name in behaviour.get("torchrun", ()) else ["-S"]
-        return [sys.executable, *launcher, _STAGE, stage.name, json.dumps(behaviour), *map(str, stage.outputs)]
+        launcher = [sys.executable, "-S", _STAGE]
+        words = [stage.name, json.dumps(behaviour), *map(str, stage.outputs)]
+        if stage.name in behaviour.get("torchrun", ()):
+            launcher = [*local.module_launcher(2), "tests.fake_stage"]
+            words += ["--run", "x"]  # real stages have it
+        return [*launcher, *words]
 
     return command
 

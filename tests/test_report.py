@@ -224,7 +224,7 @@ def test_a_run_without_any_evaluation_has_no_report(tmp_path: Path) -> None:
     prepare(read_saved_config(tiny_config(tmp_path)), tmp_path / "run")
     with pytest.raises(UserError, match="no evaluation yet"):
         page.write(tmp_path / "run")
-    with pytest.raises(UserError, match=r"has no run\.yaml"):
+    with pytest.raises(UserError, match=r"run\.yaml does not exist"):
         page.write(tmp_path)
 
 

@@ -27,9 +27,15 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 def stage_command(stage: Stage) -> list[str]:
     """The process of a stage: this interpreter, under torchrun where there are ranks."""
-    ranks = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(stage.num_ranks), "-m"]
-    launcher = ranks if stage.num_ranks > 1 else []
-    return [sys.executable, "-m", *launcher, "megatron_bliss.cli", *stage.command]
+    return [*module_launcher(stage.num_ranks), "megatron_bliss.cli", *stage.command]
+
+
+def module_launcher(num_ranks: int) -> list[str]:
+    """Words before a module's name and its arguments that run it as so many ranks."""
+    if num_ranks == 1:
+        return [sys.executable, "-m"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
+    return [*torchrun, "-m", "--"]  # without the last, it takes the module's --run for an option of its own
 
 
 def stage_environment(launch: LaunchConfig, num_ranks: int) -> dict[str, str]:

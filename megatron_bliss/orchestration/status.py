@@ -28,9 +28,11 @@ def show(run_dir: Path) -> None:
     :raises UserError: if there is no run.
     """
     run_dir = run_dir.absolute()
-    if not RunPaths(run_dir).config.exists():
-        raise UserError(f"{run_dir} has no run.yaml; give a directory that `megatron-bliss run --run DIR` has made")
-    stages = plan(read_saved_config(RunPaths(run_dir).config), run_dir)
+    config = read_saved_config(RunPaths(run_dir).config)
+    above = run_dir.parent.parent
+    if run_dir.parent.name == "controls" and RunPaths(above).state.exists():
+        raise UserError(f"{run_dir} is a control arm; ask for the status of the run it belongs to, {above}")
+    stages = plan(config, run_dir)
     records = state.read_state(run_dir)
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for column in ("stage", "state", "started", "took"):

@@ -9,7 +9,6 @@ from megatron_bliss.artifacts import RunPaths, read_json
 from megatron_bliss.config import RunConfig, read_saved_config
 from megatron_bliss.data.inventory import Inventory
 from megatron_bliss.data.selection import Counts
-from megatron_bliss.errors import UserError
 from megatron_bliss.orchestration import state
 from megatron_bliss.orchestration.cost import PoolSize
 from megatron_bliss.orchestration.plan import Arm, arms
@@ -78,8 +77,6 @@ def collect(run_dir: Path) -> RunFiles:
     """:raises UserError: if there is no run, or a file of it cannot be read."""
     run_dir = run_dir.absolute()
     paths = RunPaths(run_dir)
-    if not paths.config.exists():
-        raise UserError(f"{run_dir} has no run.yaml; give a directory that `megatron-bliss run --run DIR` has made")
     config = read_saved_config(paths.config)
     pool_tokens: dict[str, int] = {}
     pool = None

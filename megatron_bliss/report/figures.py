@@ -31,6 +31,7 @@ _BILEVEL_TITLES = {
     "weight_entropy": "entropy of the weights",
     "z_norm": "‖z‖",
     "residual": "residual of the linear system",
+    "contained": "steps of z that were held back",
     "score_mean": "mean score",
     "score_std": "spread of the scores",
     "score_gradient_norm": "gradient norm of the score model",
@@ -111,7 +112,8 @@ def _shares(amounts: list[int]) -> list[float]:
 def bilevel_curves(run: RunFiles) -> str | None:
     """Everything the bilevel loop of the main arm has noted, step by step, one line a round."""
     rounds = [entry for entry in run.arms[0].rounds if entry.bilevel]
-    keys = [key for key in (rounds[0].bilevel[0] if rounds else {}) if key not in ("step", "schema")]
+    found = dict.fromkeys(key for entry in rounds for line in entry.bilevel for key in line)
+    keys = [key for key in found if key not in ("step", "schema")]
     if not keys:
         return None
     num_rows = math.ceil(len(keys) / 3)
