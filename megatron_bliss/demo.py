@@ -21,6 +21,7 @@ from megatron_bliss.report.result import demo_result
 
 VOCAB_SIZE = 2048
 SEQUENCE_LENGTH = 128  # tokens
+NUM_CORES = 2  # the demo is planned for two cores, and gives the same numbers on any machine
 ROUNDS = 2
 ROUND_STEPS = 250  # of the LLM
 RANDOM_FACTOR = 3.0  # the random arm goes on this much longer, so that the speed-up is read off a real curve
@@ -65,6 +66,7 @@ def run(experiment: Experiment) -> None:
         vocab_size=VOCAB_SIZE,
         cut=SEQUENCE_LENGTH,
         seed=experiment.seed,
+        num_workers=NUM_CORES,
     )
     config = experiment_config(experiment, prefixes)
     local.run(config, out)
@@ -107,7 +109,7 @@ def _texts(experiment: Experiment, out: Path) -> tuple[_Texts, str | None]:
     )
 
 
-def experiment_config(experiment: Experiment, corpus: experiment_corpus.Corpus) -> settings.RunConfig:
+def experiment_config(experiment: Experiment, corpus: experiment_corpus.Prepared) -> settings.RunConfig:
     """The run's settings: a target of 1.1 M parameters, a proxy of 0.24 M, minutes instead of weeks."""
     return settings.RunConfig(
         seed=experiment.seed,
@@ -115,10 +117,10 @@ def experiment_config(experiment: Experiment, corpus: experiment_corpus.Corpus) 
         rounds=ROUNDS,
         round_steps=ROUND_STEPS,
         data=settings.DataConfig(
-            pool=[settings.DomainConfig(name, prefixes) for name, prefixes in corpus.pool.items()],
+            pool=[settings.DomainConfig(name, [prefix]) for name, prefix in corpus.pool.items()],
             validation=corpus.validation,
             test=corpus.test,
-            tokenizer=settings.TokenizerConfig(model=corpus.tokenizer, vocab_size=VOCAB_SIZE),
+            tokenizer=settings.TokenizerConfig(model=corpus.tokenizer, vocab_size=corpus.vocab_size),
             sequence_length=SEQUENCE_LENGTH,
             held_out=100,
         ),
@@ -139,7 +141,7 @@ def experiment_config(experiment: Experiment, corpus: experiment_corpus.Corpus) 
             outer_steps=100, micro_batch_size=32, lr_proxy=1e-3, lr_score=3e-4, checkpoint_interval=25
         ),
         evaluation=settings.EvaluationConfig(decay_steps=40, max_sequences=500, curve=True),
-        launch=settings.LaunchConfig(concurrency=2, threads=1),
+        launch=settings.LaunchConfig(concurrency=NUM_CORES, threads=1),
         controls=[_CONTROLS[arm] for arm in experiment.arms if arm in _CONTROLS],
     )  # fmt: skip
 
