@@ -14,7 +14,22 @@ from megatron_bliss.config import RunConfig
 from megatron_bliss.errors import UserError
 from megatron_bliss.mcore.architectures import padded_vocab_size, resolve
 
+# Flags with which Megatron does not ask for, or does not use, the sequence ids of a split.
+_REFUSED_FLAGS = {
+    "--dataloader-fast-cache-load": "it builds the dataset without looking at which sequences are wanted",
+    "--dataloader-defer-npy-index-mmap": "it counts every sequence of the shard, wanted or not",
+    "--mock-data": "it trains on made-up tokens",
+    "--sft": "its dataset packs conversations, not sequences of a shard",
+}
+
 _ADAM = ("--adam-beta1", "0.9", "--adam-beta2", "0.95", "--adam-eps", "1e-8")
+
+
+def refuse_flags(arguments: Sequence[str]) -> None:
+    """:raises UserError: if the script's arguments hold a flag that would bypass the selection."""
+    for word in arguments:
+        if (name := word.split("=")[0]) in _REFUSED_FLAGS:
+            raise UserError(f"{name} cannot be used with a selection: {_REFUSED_FLAGS[name]}; leave the flag out")
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ training script then finds it.
 """
 
 import copy
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,24 +19,10 @@ from megatron.training.datasets.fim_dataset import GPTFIMDataset
 
 from megatron_bliss.data.selection import Selection
 from megatron_bliss.errors import UserError
+from megatron_bliss.mcore.arguments import refuse_flags
 
 _TRAIN = Split.train.value
 _LENGTHS_AT_A_TIME = 4096
-
-# Flags with which Megatron does not ask for, or does not use, the sequence ids of a split.
-REFUSED_FLAGS = {
-    "--dataloader-fast-cache-load": "it builds the dataset without looking at which sequences are wanted",
-    "--dataloader-defer-npy-index-mmap": "it counts every sequence of the shard, wanted or not",
-    "--mock-data": "it trains on made-up tokens",
-    "--sft": "its dataset packs conversations, not sequences of a shard",
-}
-
-
-def refuse_flags(arguments: Sequence[str]) -> None:
-    """:raises UserError: if the script's arguments hold a flag that would bypass the selection."""
-    for word in arguments:
-        if (name := word.split("=")[0]) in REFUSED_FLAGS:
-            raise UserError(f"{name} cannot be used with a selection: {REFUSED_FLAGS[name]}; leave the flag out")
 
 
 def _refuse_config(config: Any) -> None:

@@ -7,8 +7,8 @@ backward's own threads are covered.
 """
 
 import functools
-import multiprocessing
 import os
+import queue
 import sys
 import types
 from collections.abc import Callable, Iterable
@@ -66,7 +66,10 @@ def environment() -> dict[str, str]:
     """Variables that Megatron needs on this machine; to be set before `megatron` is imported."""
     if torch.cuda.is_available():
         return {}
-    return {"TORCHDYNAMO_DISABLE": "1"}  # core/jit.py compiles its fusions: minutes on a CPU, for nothing
+    return {
+        "TORCHDYNAMO_DISABLE": "1",  # core/jit.py compiles its fusions: minutes on a CPU, for nothing
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # arguments.py demands it for tensor parallelism
+    }
 
 
 def install() -> None:
@@ -207,9 +210,10 @@ def _replace_megatron_checks() -> None:
 
     import megatron.core.dist_checkpointing.strategies.filesystem_async as checkpoint_writer
 
-    # the first save starts a manager process, which imports everything anew, for a queue that this process alone uses
-    results = multiprocessing.get_context("fork").Queue()
-    checkpoint_writer.get_write_results_queue = lambda mp_mode="fork": results
+    # the first save starts a process, which imports everything anew, to hold a queue that (without --async-save) this
+    # process alone uses
+    results: queue.Queue[Any] = queue.Queue()
+    checkpoint_writer.get_write_results_queue = lambda *args, **kwargs: results
 
     import megatron.training.training as training
 

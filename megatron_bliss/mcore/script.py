@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_bliss.errors import UserError
+from megatron_bliss.mcore.arguments import refuse_flags
 
 PACKAGED_SCRIPT = Path(__file__).with_name("pretrain_gpt.py")
 
@@ -21,6 +22,8 @@ def run_script(script: Path, arguments: Sequence[str], selection: Path | None) -
     """
     if not script.is_file():
         raise UserError(f"script {script} does not exist; give the path of a training script such as pretrain_gpt.py")
+    if selection is not None:
+        refuse_flags(arguments)
     if script != PACKAGED_SCRIPT:
         # as for `python SCRIPT`: what lies beside the script is found first, a Megatron of its own included
         sys.path.insert(0, str(script.resolve().parent))
@@ -33,7 +36,6 @@ def run_script(script: Path, arguments: Sequence[str], selection: Path | None) -
         from megatron_bliss.data.selection import Selection
         from megatron_bliss.mcore import dataset
 
-        dataset.refuse_flags(arguments)
         dataset.install(Selection.open(selection))
     added = platform.training_flags(arguments)
     if added and os.environ["RANK"] == "0":

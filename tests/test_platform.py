@@ -1,0 +1,101 @@
+"""The stand-ins for CUDA: they are complete enough for Megatron, and gone where there is a GPU."""
+
+import sys
+from typing import Any
+
+import pytest
+
+from tests.distributed import run_ranks
+
+
+def _names_replaced_beside_a_gpu(rank: int) -> list[str]:
+    import torch
+
+    def everything() -> dict[str, Any]:
+        owners = {"torch": torch, "torch.cuda": torch.cuda, "Tensor": torch.Tensor, "Module": torch.nn.Module}
+        return {f"{name}.{key}": value for name, owner in owners.items() for key, value in vars(owner).items()}
+
+    torch.cuda.is_available = lambda: True
+    before = everything()
+    from megatron_bliss.mcore import platform
+
+    platform.install()
+    assert platform.environment() == {}
+    assert platform.training_flags() == []
+    assert platform.backend() == "nccl"
+    assert "megatron.core" not in sys.modules
+    after = everything()
+    return [key for key in after if key in before and after[key] is not before[key]]
+
+
+def test_nothing_is_replaced_where_there_is_a_gpu() -> None:
+    assert run_ranks(_names_replaced_beside_a_gpu, 1) == [[]]
+
+
+def _what_stands_in(rank: int) -> dict[str, Any]:
+    import torch
+
+    from megatron_bliss.mcore import platform
+
+    platform.install()
+    zeros = torch.zeros
+    platform.install()
+    cuda_device = torch.device("cuda", 3)
+    tensors = [
+        torch.zeros(2, device="cuda"),
+        torch.empty(2, device=0),
+        torch.tensor([1.0], device="cuda:5"),
+        torch.arange(3, device=cuda_device),
+        torch.ones_like(torch.ones(2), device=torch.cuda.current_device()),
+        torch.ones(2).new_zeros(3, device="cuda"),
+        torch.ones(2).cuda(non_blocking=True),
+        torch.ones(2).to("cuda"),
+        torch.ones(2).to(0, torch.float64),
+        torch.ones(2).to(device=cuda_device),
+        torch.nn.Linear(2, 2).cuda(1).weight,
+        torch.nn.Linear(2, 2).to("cuda:1").weight,
+    ]
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda.current_stream().wait_stream(torch.cuda.default_stream())
+        torch.cuda.Event().record()
+    state = torch.cuda.get_rng_state()
+    draws = [torch.rand(3)]
+    torch.cuda.set_rng_state(state)
+    draws.append(torch.rand(3))
+    return {
+        "devices": {str(tensor.device) for tensor in tensors},
+        "dtype_kept": torch.ones(2).to(torch.float16).dtype is torch.float16 and tensors[8].dtype is torch.float64,
+        "type": torch.ones(1).type(),
+        "same_draws": torch.equal(*draws),
+        "idempotent": torch.zeros is zeros,
+        "device": str(platform.device()),
+        "backend": platform.backend(),
+        "trainer": __import__("megatron.training.training").training.training.initialize_megatron.keywords,
+    }
+
+
+def test_gpu_requests_end_on_the_cpu() -> None:
+    [found] = run_ranks(_what_stands_in, 1)
+    assert found == {
+        "devices": {"cpu"},
+        "dtype_kept": True,
+        "type": "torch.cuda.FloatTensor",
+        "same_draws": True,
+        "idempotent": True,
+        "device": "cpu",
+        "backend": "gloo",
+        "trainer": {"allow_no_cuda": True},
+    }
+
+
+def test_flags_of_the_user_win(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from megatron_bliss.mcore import platform
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    added = platform.training_flags(["--num-workers=2", "--transformer-impl", "transformer_engine"])
+    assert "--num-workers" not in added
+    assert "--transformer-impl" not in added
+    assert added[added.index("--distributed-backend") + 1] == "gloo"
+    assert platform.environment()["TORCHDYNAMO_DISABLE"] == "1"
