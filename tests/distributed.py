@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
+from unittest.mock import patch
 
 
 def free_port() -> int:
@@ -30,39 +31,27 @@ def run_ranks(function: Callable[..., Any], num_ranks: int, *args: Any, timeout:
     :raises AssertionError: with the traceback of the first rank that failed, or the ranks that hung.
     """
     context = multiprocessing.get_context("spawn")
-    environment = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "WORLD_SIZE": str(num_ranks),
-        "LOCAL_WORLD_SIZE": str(num_ranks),
-    }
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    environment |= {"WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks)}
     pipes = [context.Pipe(duplex=False) for _ in range(num_ranks)]
-    processes = [
-        context.Process(target=_rank, args=(rank, environment, pipe[1], function, args))
-        for rank, pipe in enumerate(pipes)
-    ]
-    for process in processes:
-        process.start()
+    processes = [context.Process(target=_rank, args=(rank, pipe[1], function, args)) for rank, pipe in enumerate(pipes)]
+    for rank, process in enumerate(processes):
+        # inherited, so that it is there before the function's module is imported
+        with patch.dict(os.environ, environment, RANK=str(rank), LOCAL_RANK=str(rank)):
+            process.start()
     for _, sender in pipes:
         sender.close()
     try:
         return _collect([receiver for receiver, _ in pipes], time.monotonic() + timeout)
     finally:
+        # those that gave their result are gone already or about to be
         for process in processes:
-            process.join(5 if process.exitcode is None else 0)
-            if process.is_alive():
-                process.kill()
-                process.join()
+            process.kill()
+            process.join()
 
 
-def _rank(
-    rank: int, environment: dict[str, str], sender: Connection, function: Callable[..., Any], args: tuple[Any, ...]
-) -> None:
-    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank), OMP_NUM_THREADS="1")
+def _rank(rank: int, sender: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     try:
-        import torch
-
-        torch.set_num_threads(1)
         sender.send((True, function(rank, *args)))
     except BaseException:
         sender.send((False, traceback.format_exc()))

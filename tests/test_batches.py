@@ -1,0 +1,126 @@
+"""Padding, windows and buckets; which kernels are chosen; the log of metrics; the runner of ranks."""
+
+import json
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_bliss.mcore.batches import bucket, cut_windows, make_batch, mean_losses, padded_length
+from megatron_bliss.progress import MetricsLog
+from tests.distributed import run_ranks
+from tests.hanging_ranks import fail, hang
+
+CPU = torch.device("cpu")
+
+
+def test_a_batch_predicts_every_token_but_the_first() -> None:
+    batch = make_batch([np.array([5, 6, 7]), np.array([9]), np.array([1, 2, 3, 4, 8])], CPU, multiple=3)
+    assert batch.tokens.tolist() == [[5, 6, 0, 0, 0, 0], [0] * 6, [1, 2, 3, 4, 0, 0]]
+    assert batch.labels.tolist() == [[6, 7, 0, 0, 0, 0], [0] * 6, [2, 3, 4, 8, 0, 0]]
+    assert batch.loss_mask.tolist() == [[1, 1, 0, 0, 0, 0], [0] * 6, [1, 1, 1, 1, 0, 0]]
+    assert batch.lengths.tolist() == [2, 0, 4]
+    losses = torch.arange(18.0).reshape(3, 6)
+    assert mean_losses(losses, batch).tolist() == [0.5, 0.0, 13.5]
+
+
+def test_a_loss_mask_belongs_to_the_predicted_token() -> None:
+    batch = make_batch([np.array([5, 6, 7, 8])], CPU, loss_masks=[np.array([True, False, False, True])])
+    assert batch.loss_mask.tolist() == [[0, 0, 1]]
+
+
+@given(st.integers(0, 200), st.integers(1, 40))
+def test_windows_predict_every_token_once(length: int, sequence_length: int) -> None:
+    predicted = [token for start, stop in cut_windows(length, sequence_length) for token in range(start + 1, stop)]
+    assert predicted == list(range(1, length))
+    assert all(stop - start <= sequence_length + 1 for start, stop in cut_windows(length, sequence_length))
+    assert len(cut_windows(length, sequence_length)) >= 1
+
+
+@given(st.lists(st.integers(0, 50), max_size=60), st.integers(1, 200), st.integers(1, 4))
+def test_buckets_hold_every_sequence_once_within_the_budget(lengths: list[int], budget: int, multiple: int) -> None:
+    batches = bucket(np.array(lengths, dtype=np.int64), budget, multiple)
+    assert sorted(i for batch in batches for i in batch.tolist()) == list(range(len(lengths)))
+    for batch in batches:
+        width = padded_length(max(lengths[i] for i in batch), multiple)
+        assert len(batch) == 1 or width * len(batch) <= budget
+
+
+def test_buckets_of_mixed_lengths_pad_little() -> None:
+    lengths = np.random.default_rng(0).integers(1, 1025, 4000)
+    padded = sum(len(batch) * int(lengths[batch].max()) for batch in bucket(lengths, 16_384))
+    assert padded < 1.02 * lengths.sum()
+
+
+def test_kernels_are_what_can_be_imported_on_a_gpu() -> None:
+    from megatron_bliss.mcore.models import choose_kernels
+
+    softmax = "scaled_upper_triang_masked_softmax_cuda"
+    engine, apex = "transformer_engine.pytorch", "apex.normalization.fused_layer_norm"
+
+    def choice(on_gpu: bool, *there: str) -> tuple[bool, ...]:
+        kernels = choose_kernels(on_gpu, lambda module: module in there)
+        return kernels.transformer_engine, kernels.apex_norm, kernels.fused_softmax, kernels.fused_activation
+
+    assert choice(False, engine, apex, softmax) == (False, False, False, False)
+    assert choice(True) == (False, False, False, True)
+    assert choice(True, apex, softmax) == (False, True, True, True)
+    assert choice(True, engine, apex, softmax) == (True, False, False, True)
+
+
+@pytest.mark.parametrize("preset", ["tiny", "llama-0.5b"])
+def test_chosen_kernels_reach_megatrons_configuration(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
+
+    from megatron_bliss.config import ModelConfig
+    from megatron_bliss.mcore import models
+    from megatron_bliss.mcore.architectures import resolve
+
+    architecture = resolve(ModelConfig(preset=preset))
+    context: Any = SimpleNamespace(tp_size=2, sequence_parallel=True)
+    kernels = models.Kernels(transformer_engine=False, apex_norm=True, fused_softmax=True, fused_activation=True)
+    config = models.transformer_config(architecture, kernels, True, context, recompute=True)
+    assert config.masked_softmax_fusion
+    assert config.bias_activation_fusion
+    assert not config.gradient_accumulation_fusion
+    assert (config.hidden_dropout, config.attention_dropout) == (0.0, 0.0)
+    assert (config.recompute_granularity, config.params_dtype) == ("full", torch.bfloat16)
+    spec = models.layer_spec(config, kernels)
+    # Apex has no RMSNorm
+    assert spec.layer_norm is (FusedLayerNorm if preset == "tiny" else models.torch_norm)
+    assert spec.layer_specs[0].submodules.input_layernorm is spec.layer_norm
+    monkeypatch.setattr(models, "get_gpt_layer_with_transformer_engine_spec", lambda: "transformer engine")
+    engine = models.Kernels(transformer_engine=True, apex_norm=False, fused_softmax=False, fused_activation=True)
+    assert models.layer_spec(config, engine) == "transformer engine"
+    norm = models.torch_norm(config, 8)
+    assert all(parameter.sequence_parallel for parameter in norm.parameters())  # type: ignore[attr-defined]
+
+
+def test_a_resumed_log_drops_what_is_done_again(tmp_path: Path) -> None:
+    path = tmp_path / "stage" / "metrics.jsonl"
+    log = MetricsLog(path)
+    for step in (1, 2, 3):
+        log.write(step, loss=float(step))
+    with open(path, "a") as stream:
+        stream.write('{"schema": 1, "st')  # killed while writing
+    MetricsLog(path, done=2).write(3, loss=float("nan"))
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"schema": 1, "step": 1, "loss": 1.0},
+        {"schema": 1, "step": 2, "loss": 2.0},
+        {"schema": 1, "step": 3, "loss": None},
+    ]
+
+
+def test_hanging_and_failing_ranks_are_killed_and_named() -> None:
+    began = time.monotonic()
+    with pytest.raises(AssertionError, match=r"ranks \[1\] hung"):
+        run_ranks(hang, 2, timeout=6)
+    with pytest.raises(AssertionError, match=r"rank 1 failed:[\s\S]*rank one is broken"):
+        run_ranks(fail, 2, timeout=60)
+    assert time.monotonic() - began < 60

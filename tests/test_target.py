@@ -1,0 +1,61 @@
+"""The LLM's checkpoints in the side processes: trained by Megatron at TP 2, read at TP 1; the evaluate stage."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_bliss.config import read_saved_config, save_config
+from megatron_bliss.stages import inventory, select
+from tests import launch
+from tests.distributed import run_ranks
+from tests.target_models import read_target
+from tests.tiny_run import tiny_config
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose LLM was warmed up by Megatron at TP 2 and measured on two ranks, after a decay branch."""
+    folder = tmp_path_factory.mktemp("target")
+    run = folder / "run"
+    run.mkdir()
+    shutil.copy(tiny_config(folder, control=False), run / "run.yaml")
+    config = read_saved_config(run / "run.yaml")
+    config.target.tensor_parallel, config.evaluation.max_sequences = 2, 1000
+    save_config(config, run / "run.yaml")
+    inventory.run(run)
+    select.run(run, None)
+    launch.run("megatron_bliss.cli", ["warmup-target", "--run", run], folder / "warmup.log", num_ranks=2)
+    launch.run("tests.target_models", [run], folder / "evaluate.log", num_ranks=2)
+    return run
+
+
+@pytest.fixture(scope="module")
+def found(run: Path) -> dict[str, Any]:
+    return run_ranks(read_target, 1, run, timeout=120)[0]
+
+
+def test_the_target_is_the_model_megatron_trained(found: dict[str, Any]) -> None:
+    assert found["spread"] > 0.05
+    assert found["difference"] < 1e-6
+    assert found["frozen"]
+
+
+def test_another_architecture_or_vocabulary_is_refused(found: dict[str, Any]) -> None:
+    expected = ["num_layers 2", "ffn_hidden_size 64", "normalization LayerNorm", "padded_vocab_size 256"]
+    for message, part in zip(found["refusals"], expected, strict=True):
+        assert f"has {part}" in message
+
+
+def test_evaluation_is_the_mean_over_all_tokens(run: Path, found: dict[str, Any]) -> None:
+    results = json.loads((run / "round-0000/evaluation/results.json").read_text())
+    assert results["schema"] == 1
+    assert results["iteration"] == 6
+    assert results["tokens_trained"] == 6 * 4 * 32
+    for name, expected in found["losses"].items():
+        assert results["decay"][name] == pytest.approx(expected, rel=2e-6)
+    domains = results["decay"]["domain_loss"]
+    assert set(domains) == {"walk", "noise"}
+    assert all(4 < loss < 6 for loss in domains.values())
