@@ -73,6 +73,14 @@ def test_known_pair(folder: Path, tokenizer: Tokenizer) -> None:
     assert tokenizer.decode(tokens[~mask].tolist()) == "strand plort"
 
 
+def test_a_token_that_spans_prompt_and_answer_carries_loss(folder: Path, tokenizer: Tokenizer) -> None:
+    build_pairs(write_pairs(folder / "g.jsonl", [("quell str", "and plort")]), folder / "g", tokenizer, LENGTH)
+    tokens, mask = ValidationSet.open(folder / "g").get(0)
+    assert tokens.tolist() == tokenizer.encode_batch(["quell strand plort"])[0]
+    assert tokenizer.decode(tokens[~mask].tolist()) == "quell"
+    assert tokenizer.decode(tokens[mask].tolist()) == " strand plort"
+
+
 @pytest.mark.parametrize(
     ("second", "message"),
     [
