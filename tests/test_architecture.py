@@ -17,8 +17,8 @@ LAYERS = [
     ("mcore",),
     ("methods",),
     ("stages",),
-    ("report",),
     ("orchestration",),
+    ("report",),
 ]
 # Third-party packages that only some parts may import.
 ALLOWED = {

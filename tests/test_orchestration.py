@@ -1,7 +1,9 @@
 """Plan, state and local launcher, with stages that only sleep and write: kills, resumes, failures, side by side."""
 
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
+from rich.console import Console
 
 from megatron_bliss.config import ControlConfig, LaunchConfig, RunConfig, save_config
 from megatron_bliss.errors import StageError, UserError
@@ -201,6 +204,18 @@ def test_a_run_does_every_stage_once_and_then_nothing(
     assert (run / "state.json").read_bytes() == before
 
 
+def test_a_terminal_gets_bars_and_a_line_for_each_stage_that_is_done(tmp_path: Path, behaviour: dict[str, Any]) -> None:
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=100)
+    config = fake_config(method="random", rounds=1, controls=[])
+    local.run(config, tmp_path / "run", command=fake_command(behaviour | {"seconds": 0.6}), console=console)
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
+    for stage in plan(config, tmp_path):
+        assert f"✓ {stage.name} done in 0:00:0" in shown
+    assert re.search(r"inventory +━.+5/10 0:00:0\d 1.2k tokens/s \| ETA", shown)
+    assert "next: warmup-select, warmup-target, round-0001/select, round-0001/pretrain and 2 more" in shown
+
+
 def test_independent_stages_run_side_by_side(tmp_path: Path, behaviour: dict[str, Any]) -> None:
     config = fake_config(rounds=1, launch=LaunchConfig(concurrency=3))
     together = {"meet": ["warmup-target", "warmup-proxy", "controls/random/round-0001/select"]}
@@ -275,7 +290,7 @@ def test_killed_launchers_leave_nothing_behind_and_the_next_one_goes_on(
         time.sleep(0.1)
         process.kill()
         process.communicate()
-        wait_for(lambda: not processes_of(run), seconds=2)
+        wait_for(lambda: not processes_of(run), seconds=10)
     process = drive(config, run, behaviour)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
@@ -295,12 +310,12 @@ def test_leftovers_of_a_killed_run_are_ended_first(tmp_path: Path, behaviour: di
 def test_ranks_end_with_a_killed_launcher(tmp_path: Path, behaviour: dict[str, Any]) -> None:
     run = tmp_path / "run"
     process = drive(fake_config(), run, behaviour | {"seconds": 60, "torchrun": ["inventory"]})
-    wait_for(lambda: len(journal(tmp_path / "journal")) == 2)
+    wait_for(lambda: len(journal(tmp_path / "journal")) == 2, seconds=90)
     ranks = [pid for _, _, pid in journal(tmp_path / "journal")]
     assert set(ranks) <= set(processes_of(run))
     process.kill()
     process.communicate()
-    wait_for(lambda: not processes_of(run), seconds=5)
+    wait_for(lambda: not processes_of(run), seconds=15)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -131,11 +131,15 @@ class LiveView:
             return
         self._last = time.monotonic()
         bars = Table.grid(padding=(0, 1))
+        for _ in range(4):
+            bars.add_column(no_wrap=True)
+        bars.add_column(no_wrap=True, overflow="ellipsis")
         for stage, record in running:
             reading, words = self._watch.look(stage, record)
             bar = ProgressBar(reading.total if reading else None, reading.done if reading else 0, width=24)
             count = f"{reading.done}/{reading.total}" if reading else ""
-            bars.add_row(stage.name, bar, count, words, clock(time.time() - (record.started or time.time())))
+            took = clock(time.time() - (record.started or time.time()))
+            bars.add_row(stage.name, bar, count, took, words)
         elapsed = clock(time.monotonic() - self._began)
         total = num_done + len(running) + len(waiting)
         more = f" and {len(waiting) - _UPCOMING} more" if len(waiting) > _UPCOMING else ""
