@@ -148,7 +148,8 @@ def _warmup_proxy(config: RunConfig) -> Cost:
 def _bilevel(config: RunConfig) -> Cost:
     sequences = config.bilevel.outer_steps * (config.bilevel.batch_size + config.bilevel.validation_batch_size)
     flops = config.bilevel.outer_steps * bilevel_flops_per_step(config)
-    disk = 2 * _checkpoint_bytes(config, proxy=True)  # proxy and score model
+    vectors = 2 * 4 * resolve(config.proxy.model).num_parameters(config.data.tokenizer.vocab_size)  # z, averaged ∇f
+    disk = 2 * _checkpoint_bytes(config, proxy=True) + vectors  # proxy and score model
     return Cost(sequences, sequences * config.data.sequence_length, flops, disk)
 
 
@@ -187,7 +188,8 @@ def _evaluate(config: RunConfig) -> Cost:
     length = config.data.sequence_length
     flops = evaluation.decay_steps * target_flops_per_step(config)
     flops += measured * sum(sets) * length * _training_flops_per_token(config, proxy=False) * _FORWARD
-    return Cost(sequences, sequences * length, flops)
+    num_checkpoints = -(-evaluation.decay_steps // config.target.save_interval)
+    return Cost(sequences, sequences * length, flops, num_checkpoints * _checkpoint_bytes(config, proxy=False))
 
 
 def show(config: RunConfig, run_dir: Path) -> None:
