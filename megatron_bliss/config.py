@@ -87,6 +87,7 @@ class ProxyConfig:
     model: ModelConfig = field(default_factory=lambda: ModelConfig(preset="pythia-31m"))
     tensor_parallel: int = 1
     sequence_parallel: bool = False
+    recompute: bool = False  # activations are computed again in the backward pass: less memory, a third more time
 
 
 @dataclass

@@ -92,12 +92,24 @@ def one_rank(rank: int, folder: Path) -> dict[str, Any]:
         found = measure(models["model"], models["score"], context)
         results[name] = found | {"gradients": _numpy(found["gradients"])}
         results[f"{name} pooling"] = _pooling(models["score"], context)
+    for name, config in MODELS.items():
+        results[f"{name} recomputed"] = _recomputed(folder / name, config, context)
     results["bf16"] = _bf16(folder / "bf16", context)
     results["prune"] = _prune(folder / "prune", context)
     results["backbone"] = _backbone(folder / "pythia", context)
     results["warmup"] = _warmup(folder)
     results["scores"] = _scores(folder)
     return results
+
+
+def _recomputed(folder: Path, config: ModelConfig, context: ParallelContext) -> dict[str, Any]:
+    models = {
+        "model": build_language_model(config, VOCAB_SIZE, context, recompute=True),
+        "score": build_score_model(config, VOCAB_SIZE, context, recompute=True),
+    }
+    checkpoints.load(folder, models, {})
+    found = measure(models["model"], models["score"], context)
+    return found | {"gradients": _numpy(found["gradients"])}
 
 
 def _pooling(score_model: Any, context: ParallelContext) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -245,6 +257,7 @@ def _scores(folder: Path) -> dict[str, Any]:
     except _KillError:
         results["scored before the kill"] = sum(int(np.isfinite(s).sum()) for s in read_scores(run).values())
     score.run(run, 1)
+    score.run(run, 1)  # nothing is left
     score.ScoreWriter.write = write  # type: ignore[method-assign]
     results["writes"], results["in pieces"] = len(count), read_scores(run)
     edit_config(run, method="perplexity", scoring__batch_tokens=512, scoring__chunk_sequences=1000)

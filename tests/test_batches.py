@@ -58,6 +58,38 @@ def test_buckets_of_mixed_lengths_pad_little() -> None:
     assert padded < 1.02 * lengths.sum()
 
 
+class _Numbers:
+    """Sequences of given lengths, token ids counting up through all of them; every third token is not predicted."""
+
+    def __init__(self, lengths: list[int]) -> None:
+        self.lengths = np.array(lengths)
+        self._ends = np.cumsum(lengths)
+
+    def get(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        tokens = np.arange(self._ends[index] - self.lengths[index], self._ends[index])
+        return tokens, tokens % 3 != 0
+
+
+@pytest.mark.parametrize(("sequence_length", "batch_tokens"), [(4, 8), (7, 1), (100, 1000)])
+def test_what_is_measured_on_windows_adds_up(sequence_length: int, batch_tokens: int) -> None:
+    from megatron_bliss.mcore.scorer import Pass, mean, means
+
+    context: Any = SimpleNamespace(device=CPU, length_multiple=1, dp_rank=0, dp_size=1)
+    sequences = _Numbers([1, 9, 30, 0, 5, 8])
+    seen = []
+    totals = Pass(context, sequence_length, batch_tokens).totals(
+        lambda batch: torch.stack([(batch.labels * batch.loss_mask).sum(1), batch.loss_mask.sum(1)], dim=1),
+        sequences,
+        seen.append,
+    )
+    labels = [[t for t in sequences.get(i)[0][1:].tolist() if t % 3] for i in range(6)]
+    assert totals.tolist() == [[sum(row), len(row)] for row in labels]
+    assert means(totals).tolist() == [np.float32(sum(row) / max(len(row), 1)) for row in labels]
+    assert mean(totals) == pytest.approx(sum(map(sum, labels)) / sum(map(len, labels)))
+    assert mean(totals[:1]) is None
+    assert seen[-1] == 8 + 29 + 4 + 7
+
+
 def test_kernels_are_what_can_be_imported_on_a_gpu() -> None:
     from megatron_bliss.mcore.models import choose_kernels
 

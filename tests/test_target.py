@@ -27,14 +27,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_config(config, run / "run.yaml")
     inventory.run(run)
     select.run(run, None)
-    launch.run("megatron_bliss.cli", ["warmup-target", "--run", run], folder / "warmup.log", num_ranks=2)
-    launch.run("tests.target_models", [run], folder / "evaluate.log", num_ranks=2)
+    launch.run("megatron_bliss.cli", ["warmup-target", "--run", run], folder / "warmup.log", num_ranks=2, timeout=300)
+    launch.run("tests.target_models", [run], folder / "evaluate.log", num_ranks=2, timeout=300)
     return run
 
 
 @pytest.fixture(scope="module")
 def found(run: Path) -> dict[str, Any]:
-    return run_ranks(read_target, 1, run, timeout=120)[0]
+    return run_ranks(read_target, 1, run, timeout=300)[0]
 
 
 def test_the_target_is_the_model_megatron_trained(found: dict[str, Any]) -> None:

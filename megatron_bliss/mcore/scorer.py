@@ -86,14 +86,15 @@ class Pass:
             for window in cut_windows(length, self.sequence_length)
         ]
         owners, starts, stops = np.array(windows, dtype=np.int64).reshape(-1, 3).T
-        batches = bucket(np.maximum(stops - starts - 1, 0), self.batch_tokens, context.length_multiple)
+        lengths = np.maximum(stops - starts - 1, 0)
+        batches = bucket(lengths, self.batch_tokens, context.length_multiple)
         result = torch.zeros(len(sequences.lengths), 2, dtype=torch.float64, device=context.device)
         done = 0
         for members in batches[context.dp_rank :: context.dp_size]:
             batch = self._batch(sequences, owners[members], starts[members], stops[members])
             owner = torch.from_numpy(owners[members]).to(context.device, non_blocking=True)
             result.index_add_(0, owner, measure(batch).double())
-            done += int((stops - starts - 1)[members].sum()) * context.dp_size
+            done += int(lengths[members].sum()) * context.dp_size
             if on_progress is not None:
                 on_progress(done)
         if context.dp_size > 1:

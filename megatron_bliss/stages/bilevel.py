@@ -82,8 +82,8 @@ def build(
     :param is_fresh: start from the warm-up and the round before; False: the caller loads what a checkpoint holds.
     """
     vocab_size, settings = config.data.tokenizer.vocab_size, config.bilevel
-    proxy = build_language_model(config.proxy.model, vocab_size, context)
-    score_model = build_score_model(config.proxy.model, vocab_size, context)
+    proxy = build_language_model(config.proxy.model, vocab_size, context, config.proxy.recompute)
+    score_model = build_score_model(config.proxy.model, vocab_size, context, config.proxy.recompute)
     if is_fresh:
         checkpoints.load_model(proxy_directory(paths, config), proxy)
         if round_number == 1 or settings.restart_score:

@@ -53,6 +53,8 @@ def run(run_dir: Path, round_number: int) -> None:
                 chunk_sequences=config.scoring.chunk_sequences,
             )
     chunks = _pending(writer, inventory.pool, wanted, config.scoring.chunk_sequences, context)
+    if not chunks:
+        return
     measure = _measure(method.scored_by, checkpoint, config, context)
     forward = Pass(context, config.data.sequence_length, config.scoring.batch_tokens)
     report = None
@@ -120,6 +122,8 @@ def _pending(
     missing = [[names.index(chunk.record.name), chunk.number] for chunk in writer.pending()] if writer else []
     count = torch.tensor([len(missing)], device=context.device)
     dist.broadcast(count, src=0)
+    if not count:
+        return []
     table = torch.zeros(int(count), 2, dtype=torch.int64, device=context.device)
     if missing:
         table.copy_(torch.tensor(missing))

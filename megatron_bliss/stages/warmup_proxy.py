@@ -45,7 +45,8 @@ def run(run_dir: Path) -> None:
     with agreed(context):
         done = checkpoints.read_iteration(directory) or 0
         data = WarmupData(Selection.open(paths.warmup_selection), config, context)
-    model = build_language_model(config.proxy.model, config.data.tokenizer.vocab_size, context)
+    vocab_size = config.data.tokenizer.vocab_size
+    model = build_language_model(config.proxy.model, vocab_size, context, config.proxy.recompute)
     space = parameter_space(model, context)
     settings = LoopSettings(
         outer_steps=num_steps,
