@@ -1,6 +1,7 @@
 """Ranks' work for tests/test_bilevel_ranks.py: the engine and the stage on Megatron models in several layouts."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,10 +88,10 @@ def evaluate(context: ParallelContext, lower: Any, upper: Any, size: int) -> dic
 
 def train(context: ParallelContext, lower: Any, upper: Any, size: int) -> list[dict[str, float]]:
     """Metrics of a few outer steps."""
-    settings = LoopSettings(5, inner_steps=2, lr_proxy=1e-3, lr_score=1e-3, ridge=RIDGE)
+    settings = LoopSettings(3, inner_steps=2, lr_proxy=1e-3, lr_score=1e-3, ridge=RIDGE)
     curvature, solver = make_curvature("finite-difference", lower.space), Averaged(lower.space, 0.05, 1.0, 0.9)
     loop: BilevelLoop[MicroBatch] = BilevelLoop(lower, upper, curvature, solver, settings)
-    return [loop.step(data(context, 10 + step, size), data(context, 20 + step, size)) for step in range(5)]
+    return [loop.step(data(context, 10 + step, size), data(context, 20 + step, size)) for step in range(3)]
 
 
 def arrays(vectors: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -115,6 +116,7 @@ def one_rank(rank: int, folder: Path) -> dict[str, Any]:
         found[f"micro-batch {size}"]["vectors"] = arrays(found[f"micro-batch {size}"]["vectors"])
     found["plain"] = _plain(context, lower)
     found["exact"] = _exact(context, lower)
+    found["bf16"] = _bf16(context, folder, lower)
     found["train"] = train(context, lower, upper, 4)
     found["losses"] = losses(context)
     found["stage"] = _stage(folder)
@@ -152,6 +154,26 @@ def _exact(context: ParallelContext, lower: Any) -> dict[str, Any]:
     return {
         name: torch.cat([p.flatten() for p in v]).numpy() for name, v in zip(("exact", "fd"), products, strict=True)
     }  # type: ignore[union-attr]
+
+
+def _bf16(context: ParallelContext, folder: Path, lower: Any) -> dict[str, Any]:
+    """Derivatives of a bfloat16 proxy with float32 masters beside those of the float32 one."""
+    half = build_language_model(replace(SMALL, bf16=True), VOCAB_SIZE, context)
+    checkpoints.load_model(folder / "models", half)
+    other = MegatronLowerLevel(half, lower.target, context, VOCAB_SIZE, GAMMA)
+    before = [parameter.clone() for parameter in other.space.parameters]
+    batches = data(context, 1, 8)
+    z = Pool(lower, batches, [torch.full((8,), 1 / 8)], RIDGE).gradient()[0]
+    found = {
+        name: FiniteDifference().evaluate(Pool(level, batches, [torch.full((8,), 1 / 8)], RIDGE), z)
+        for name, level in (("bf16", other), ("fp32", lower))
+    }
+    return {
+        "same": all(torch.equal(a, b) for a, b in zip(before, other.space.parameters, strict=True)),
+        "dtypes": {str(parameter.dtype) for parameter in other.space.parameters},
+        "derivatives": [found[name].derivatives.numpy() for name in ("bf16", "fp32")],
+        "product": [torch.cat([p.flatten() for p in found[name].product or []]).numpy() for name in ("bf16", "fp32")],
+    }
 
 
 def losses(context: ParallelContext) -> dict[str, Any]:
@@ -194,7 +216,7 @@ def _stage(folder: Path) -> dict[str, Any]:
     step, count = bilevel.BilevelLoop.step, []
 
     def step_and_die(self: Any, *args: Any) -> Any:
-        if len(count) == 5:
+        if len(count) == 4:
             raise KeyboardInterrupt
         count.append(1)
         return step(self, *args)

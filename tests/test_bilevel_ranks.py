@@ -2,7 +2,7 @@
 
 Everything is float32 on gloo ranks; one rank gives the reference. Losses, weights and gradients agree to 1e-5 of their
 largest entry. Central differences divide the rounding of two passes by a small step: products, derivatives and the
-hypergradient agree to 5e-3 of their norm.
+hypergradient agree to 1e-3 of their norm.
 """
 
 import json
@@ -21,7 +21,7 @@ from tests.side_models import edit_config
 from tests.tiny_run import tiny_config
 
 ROUNDING = 1e-5
-DIFFERENCES = 5e-3
+DIFFERENCES = 1e-3
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = folder / "run"
     run.mkdir()
     shutil.copy(settings, run / "run.yaml")
-    edit_config(run, data__sequence_length=20, bilevel__gamma=0.0, bilevel__outer_steps=8)
+    edit_config(run, data__sequence_length=20, bilevel__gamma=0.0, bilevel__outer_steps=5)
     inventory.run(run)
     select.run(run, None)
     for name in ("killed", *(f"run-{layout}" for layout in LAYOUTS)):
@@ -42,12 +42,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def one(folder: Path) -> dict[str, Any]:
-    return run_ranks(one_rank, 1, folder, timeout=120)[0]
+    return run_ranks(one_rank, 1, folder, timeout=240)[0]
 
 
 @pytest.fixture(scope="module")
 def two(folder: Path, one: dict[str, Any]) -> list[dict[str, Any]]:
-    return run_ranks(two_ranks, 2, folder, timeout=180)
+    return run_ranks(two_ranks, 2, folder, timeout=300)
 
 
 def close(found: Any, expected: Any, tolerance: float = ROUNDING) -> None:
@@ -65,7 +65,17 @@ def test_terms_and_gradient_are_those_of_the_plain_formulas(one: dict[str, Any])
 
 
 def test_megatron_layers_can_be_differentiated_twice_on_one_rank(one: dict[str, Any]) -> None:
-    assert distance(one["exact"]["fd"], one["exact"]["exact"]) < 2e-3
+    assert distance(one["exact"]["fd"], one["exact"]["exact"]) < 1e-3
+
+
+def test_bfloat16_parameters_with_float32_masters(one: dict[str, Any]) -> None:
+    half = one["bf16"]
+    assert half["dtypes"] == {"torch.bfloat16"}
+    assert half["same"]
+    # eight bits of mantissa; the product is a difference of gradients that are rounded to them
+    for name, tolerance in (("derivatives", 0.1), ("product", 0.35)):
+        found, expected = half[name]
+        assert distance(found, expected) < tolerance, name
 
 
 def test_micro_batches_change_nothing(one: dict[str, Any]) -> None:
@@ -118,7 +128,7 @@ def test_training_does_not_depend_on_the_layout(one: dict[str, Any], two: list[d
 def test_losses_are_those_of_the_plain_formulas(one: dict[str, Any], two: list[dict[str, Any]]) -> None:
     for errors in (one["losses"], *(found["losses"] for found in two)):
         assert len(errors) == 18
-        assert max(errors.values()) < 2e-5, errors  # losses up to 20, in float32
+        assert max(errors.values()) < 1e-5, errors  # losses up to 20, in float32
 
 
 def test_exact_is_refused_under_tensor_parallelism(two: list[dict[str, Any]]) -> None:
@@ -134,7 +144,7 @@ def test_the_stage_resumes_to_the_same_bits(one: dict[str, Any]) -> None:
     stage = one["stage"]
     assert stage["reached"] == 3
     assert readings(stage["killed"]["metrics"]) == readings(stage["run"]["metrics"])
-    assert [entry["step"] for entry in readings(stage["run"]["metrics"])] == list(range(1, 9))
+    assert [entry["step"] for entry in readings(stage["run"]["metrics"])] == list(range(1, 6))
     for whole, continued in zip(stage["run"]["parameters"], stage["killed"]["parameters"], strict=True):
         np.testing.assert_array_equal(continued, whole)
     first = readings(stage["run"]["metrics"])[0]

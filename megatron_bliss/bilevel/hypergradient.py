@@ -17,7 +17,7 @@ from megatron_bliss.bilevel.space import ParameterSpace, Vector
 def difference_step(space: ParameterSpace, direction: Sequence[Tensor]) -> Tensor:
     """ε for central differences along a direction, a float64 scalar tensor; finite for a zero direction too."""
     size = 1 + space.norm(space.masters)
-    return space.machine_epsilon**0.5 * size / space.norm(direction).clamp_min(1e-30)
+    return space.difference_fraction * size / space.norm(direction).clamp_min(1e-30)
 
 
 def directional_derivatives[Batch](lower: LowerLevel[Batch], batches: Sequence[Batch], z: Vector) -> Tensor:
