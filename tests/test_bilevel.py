@@ -378,3 +378,17 @@ def test_no_curvature_still_reports_everything() -> None:
     assert metrics["residual"] == 0
     assert metrics["z_norm"] > 0
     assert metrics["score_gradient_norm"] > 0
+
+
+@pytest.mark.parametrize("curvature", ["finite-difference", "none"])
+def test_a_batch_that_is_not_finite_trains_nothing(curvature: str) -> None:
+    loop = make_loop(curvature, "averaged")
+    for index in range(3):
+        assert step(loop, index)["contained"] == 0
+    bad = make_samples(N, D, C, 50, torch.float32)
+    bad.x[3] = float("nan")
+    metrics = loop.step([bad], [bad])
+    assert metrics["contained"] >= 3  # right-hand side, proxy's and score model's gradient
+    for vector in (loop.lower.space.masters, loop.upper.space.masters, loop.solver.z):
+        assert all(bool(torch.isfinite(part).all()) for part in vector)
+    assert step(loop, 4)["contained"] == 0

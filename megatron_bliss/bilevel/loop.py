@@ -7,7 +7,7 @@ update of z and one AdamW step on the score model.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -99,6 +99,17 @@ class AdamW:
             }
 
 
+class _Outcome(NamedTuple):
+    """What an outer step found before the score model's."""
+
+    losses: Tensor  # L_i, [local]
+    kl: Tensor
+    value: Tensor  # f
+    derivatives: Tensor  # g_i, [local]
+    solution: Solution
+    norms: list[Tensor]  # of the proxy's gradients, before clipping
+
+
 class BilevelLoop[Batch]:
     """:param lower: proxy, target and validation loss. :param upper: score model."""
 
@@ -128,36 +139,37 @@ class BilevelLoop[Batch]:
         weights = importance_weights(scores_from_logits(logits), self.settings.weights, self._dp_group)
         pool = Pool(self.lower, batches, weights.split([len(part) for part in parts]), self.settings.ridge)
         if self.solver.is_simultaneous:
-            losses, kl, value, derivatives, solution = self._simultaneous(pool, validation, factor)
+            outcome = self._simultaneous(pool, validation, factor)
         else:
-            losses, kl, value, derivatives, solution = self._sequential(pool, validation, factor)
-        coefficients = score_coefficients(weights, derivatives, self.settings.weights, self._dp_group)
+            outcome = self._sequential(pool, validation, factor)
+        coefficients = score_coefficients(weights, outcome.derivatives, self.settings.weights, self._dp_group)
         score_norm = self.score_optimizer.step(score_gradient(self.upper, batches, parts, coefficients), factor)
         self.steps_done += 1
-        return self._metrics(logits, weights, losses, kl, value, solution, score_norm)
+        return self._metrics(logits, weights, outcome, score_norm)
 
     @property
     def _dp_group(self) -> Any:
         return self.lower.space.dp_group
 
-    def _simultaneous(self, pool: Pool[Batch], validation: Sequence[Batch], factor: float) -> "_Outcome":
+    def _simultaneous(self, pool: Pool[Batch], validation: Sequence[Batch], factor: float) -> _Outcome:
         """All directions from one point and one z (SOBA, arXiv 2201.13409): the last inner step shares its gradient."""
-        for _ in range(self.settings.inner_steps - 1):
-            self.proxy_optimizer.step(pool.gradient()[0], factor)
+        norms = [self.proxy_optimizer.step(pool.gradient()[0], factor) for _ in range(self.settings.inner_steps - 1)]
         evaluation = self.curvature.evaluate(pool, self.solver.z)
         value, gradient = self._validation(validation)
         solution = self.solver.step(lambda v: self.curvature.product(pool, v), gradient, evaluation.product)
-        self.proxy_optimizer.step(evaluation.gradient, factor)
-        return evaluation.losses, evaluation.kl, value, evaluation.derivatives, solution
+        norms.append(self.proxy_optimizer.step(evaluation.gradient, factor))
+        return _Outcome(evaluation.losses, evaluation.kl, value, evaluation.derivatives, solution, norms)
 
-    def _sequential(self, pool: Pool[Batch], validation: Sequence[Batch], factor: float) -> "_Outcome":
+    def _sequential(self, pool: Pool[Batch], validation: Sequence[Batch], factor: float) -> _Outcome:
         """Inner steps, then z at the point they reach, then g_i along it: the order of the paper."""
+        norms = []
         for _ in range(self.settings.inner_steps):
             inner_gradient, losses, kl = pool.gradient()
-            self.proxy_optimizer.step(inner_gradient, factor)
+            norms.append(self.proxy_optimizer.step(inner_gradient, factor))
         value, gradient = self._validation(validation)
         solution = self.solver.step(lambda v: self.curvature.product(pool, v), gradient)
-        return losses, kl, value, directional_derivatives(pool.level, pool.batches, self.solver.z), solution
+        derivatives = directional_derivatives(pool.level, pool.batches, self.solver.z)
+        return _Outcome(losses, kl, value, derivatives, solution, norms)
 
     def _validation(self, batches: Sequence[Batch]) -> tuple[Tensor, Vector]:
         """f and ∇f over the global validation batch."""
@@ -165,16 +177,9 @@ class BilevelLoop[Batch]:
         value = torch.stack([self.lower.add_validation_gradient(batch, gradient) for batch in batches]).sum()
         return group_sum_(value, self._dp_group), self.lower.space.reduce_gradients(gradient)
 
-    def _metrics(
-        self,
-        logits: Tensor,
-        weights: Tensor,
-        losses: Tensor,
-        kl: Tensor,
-        value: Tensor,
-        solution: Solution,
-        score_norm: Tensor,
-    ) -> dict[str, float]:
+    def _metrics(self, logits: Tensor, weights: Tensor, outcome: _Outcome, score_norm: Tensor) -> dict[str, float]:
+        losses, solution = outcome.losses, outcome.solution
+        unsound = ~torch.isfinite(torch.stack([*outcome.norms, score_norm]))
         group = self._dp_group
         sums = torch.stack([torch.ones_like(logits).sum(), logits.sum(), logits.square().sum(), losses.sum()]).double()
         sums = torch.cat([sums, (weights * losses).sum().double()[None], weights.sum().double()[None]])
@@ -182,12 +187,12 @@ class BilevelLoop[Batch]:
         figures = {
             "train_loss": loss / count,
             "weighted_loss": weighted / weight,
-            "validation_loss": value,
-            "kl": kl,
+            "validation_loss": outcome.value,
+            "kl": outcome.kl,
             "weight_entropy": entropy(weights, group),
             "z_norm": solution.norm,
             "residual": solution.residual,
-            "contained": solution.contained,
+            "contained": solution.contained + unsound.sum(),  # solver steps and gradients that were not used
             "score_mean": total / count,
             "score_std": (squares / count - (total / count).square()).clamp_min(0).sqrt(),
             "score_gradient_norm": score_norm,
@@ -217,6 +222,3 @@ class BilevelLoop[Batch]:
             optimizer.load_moments({name: vectors[name] for name in MOMENTS}, count)
         solver_vectors = {name: vector for name, vector in lower.items() if name not in ("master", *MOMENTS)}
         self.solver.load_state_dict({"vectors": solver_vectors, "scalars": scalars["solver"]})
-
-
-_Outcome = tuple[Tensor, Tensor, Tensor, Tensor, Solution]
