@@ -71,8 +71,7 @@ def test_keeping_everything_gives_the_same_losses(folder: Path, plain: dict[int,
 def test_a_checkpoint_of_one_rank_goes_on_at_two(layout: str, folder: Path, plain: dict[int, str]) -> None:
     """Same losses to 1e-5 (fp32, sums in another order)."""
     resume = ["--load", str(folder / "checkpoint"), "--ckpt-step", str(STEPS // 2), layout, "2"]
-    more = ["--sequence-parallel"] if layout.startswith("--tensor") else []
-    words = [USER_SCRIPT, *user_arguments(folder, *resume, *more)]
+    words = [USER_SCRIPT, *user_arguments(folder, *resume)]
     found = losses(run("megatron_bliss.hooks", words, folder / f"{layout[2:8]}.log", num_ranks=2))
     assert sorted(found) == [5, 7, 8]
     for iteration, loss in found.items():

@@ -26,6 +26,7 @@ from megatron.core.utils import (  # noqa: E402
     get_batch_on_this_cp_rank,
     get_batch_on_this_tp_rank,
 )
+from megatron.training import arguments as megatron_arguments  # noqa: E402
 from megatron.training import (  # noqa: E402
     get_args,
     get_timers,
@@ -35,7 +36,6 @@ from megatron.training import (  # noqa: E402
     set_startup_timestamps,
 )
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args  # noqa: E402
-from megatron.training.arguments import parse_and_validate_args  # noqa: E402
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage  # noqa: E402
 
 _BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids", "cu_seqlens")
@@ -162,6 +162,7 @@ if __name__ == "__main__":
     set_startup_timestamps(program_start=_PROGRAM_START, main_entry=time.time())
     datasets_provider.is_distributed = True  # type: ignore[attr-defined]
     pretrain, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
-    arguments = parse_and_validate_args(args_defaults={"tokenizer_type": "GPT2BPETokenizer"})
+    megatron_arguments._print_args = lambda *_: None  # some 900 lines, of which the settings in use are few
+    arguments = megatron_arguments.parse_and_validate_args(args_defaults={"tokenizer_type": "GPT2BPETokenizer"})
     configuration = pretrain_cfg_container_from_args(arguments, gpt_config_from_args(arguments))
     pretrain(configuration, datasets_provider, ModelType.encoder_or_decoder, forward_step, store=store)
