@@ -16,8 +16,9 @@ from megatron_bliss.config import ModelConfig, RunConfig, load_config, save_conf
 from megatron_bliss.errors import UserError
 from megatron_bliss.mcore.architectures import PRESETS, padded_vocab_size, resolve
 from megatron_bliss.mcore.arguments import Files, decay_arguments, training_arguments
+from megatron_bliss.mcore.checkpoint_files import iteration_path, read_iteration
 from megatron_bliss.stages import pretrain as stage
-from megatron_bliss.stages.pretrain import checkpoint, decay_branch, latest_iteration
+from megatron_bliss.stages.pretrain import decay_branch
 from tests.distributed import run_ranks
 from tests.launch import finish, losses, run, start
 from tests.selections import select
@@ -114,8 +115,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunPaths, RunConf
 
 def test_rounds_are_one_line_of_iterations(trained: tuple[RunPaths, RunConfig, dict[int, str]]) -> None:
     paths, _, _ = trained
-    assert latest_iteration(paths.warmup_target) == 6
-    assert latest_iteration(paths.target) == 12
+    assert read_iteration(paths.warmup_target) == 6
+    assert read_iteration(paths.target) == 12
     text = (paths.root / "pretrain.log.0").read_text()
     rates = set(re.findall(r"learning rate: (\S+)", text))
     assert rates == {"1.000000E-03"}  # the main line never decays
@@ -136,7 +137,7 @@ def test_a_killed_round_resumes_to_the_same_numbers(
     log = tmp_path / "killed.log"
     [process] = start("megatron_bliss.cli", command, log)
     deadline = time.monotonic() + 120
-    while latest_iteration(again.target) is None and process.poll() is None and time.monotonic() < deadline:
+    while read_iteration(again.target) is None and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
     process.kill()
     assert finish([process], 10) == [-9]
@@ -145,7 +146,7 @@ def test_a_killed_round_resumes_to_the_same_numbers(
 
     text = run("megatron_bliss.cli", command, tmp_path / "resumed.log")
     assert losses(text) == {step: undisturbed[step] for step in (9, 11, 12)}  # after the checkpoint at 8
-    first, second = (saved_tensors(checkpoint(each.target, 12)) for each in (paths, again))
+    first, second = (saved_tensors(iteration_path(each.target, 12)) for each in (paths, again))
     assert first.keys() == second.keys()
     assert any("optimizer" in name for name in first)
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -194,7 +195,7 @@ def test_the_decay_branch_comes_down_and_leaves_the_main_line(
     assert sorted(losses(text)) == [13, 15]
     rates = [float(rate) for rate in re.findall(r"learning rate: (\S+)", text)]
     assert rates == pytest.approx([6.7e-4, 3.4e-4, 1e-5])  # from 1e-3 to 1e-5 in three steps
-    assert latest_iteration(paths.target) == 12
+    assert read_iteration(paths.target) == 12
 
 
 def _load_bare(rank: int, run_dir: Path) -> dict[str, Any]:
@@ -213,13 +214,15 @@ def test_flags_and_bare_model_are_one_architecture(trained: tuple[RunPaths, RunC
     paths, config, _ = trained
     [bare] = run_ranks(_load_bare, 1, paths.root)
     assert sum(values.size for values in bare.values()) == resolve(config.target.model).num_parameters(VOCAB_SIZE)
-    tensors = saved_tensors(checkpoint(paths.target, 12))
+    tensors = saved_tensors(iteration_path(paths.target, 12))
     saved = {name: tensor.numpy() for name, tensor in tensors.items() if not name.startswith("optimizer")}
     assert sum(values.size for values in saved.values()) == sum(values.size for values in bare.values())
     for name, values in bare.items():
-        # torch_dist stacks the layers of a kind
-        layer = re.search(r"layers\.(\d+)\.", name)
-        found = saved[name.replace(layer[0], "layers.")][int(layer[1])] if layer else saved[name]
+        # in checkpoints a norm belongs to the linear layer behind it, and the layers of a kind are one tensor
+        kept_as = name.replace("input_layernorm.", "self_attention.linear_qkv.layer_norm_")
+        kept_as = kept_as.replace("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_")
+        layer = re.search(r"layers\.(\d+)\.", kept_as)
+        found = saved[kept_as.replace(layer[0], "layers.")][int(layer[1])] if layer else saved[kept_as]
         assert np.array_equal(found, values), name
 
 
