@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from megatron_bliss.artifacts import atomic_write
+from megatron_bliss.artifacts import RunPaths, atomic_write
 from megatron_bliss.errors import UserError
 
 
@@ -213,6 +213,10 @@ class RunConfig:
         """Disjoint parts of the pool: one for the warm-up, one a round."""
         return self.rounds + 1
 
+    def round_end(self, round_number: int) -> int:
+        """The LLM's iteration at the end of a round; round 0 is the warm-up."""
+        return self.warmup.target_steps + round_number * self.round_steps
+
 
 METHODS = ("bliss", "perplexity", "random")
 
@@ -336,6 +340,11 @@ def control_config(config: RunConfig, control: ControlConfig, main_run: Path) ->
         perplexity=control.perplexity,
         controls=[],
     )
+
+
+def warmup_run(config: RunConfig, paths: RunPaths) -> RunPaths:
+    """The run whose warm-up a run starts from: its own, or that of `warmup.start_from`."""
+    return RunPaths(Path(config.warmup.start_from)) if config.warmup.start_from else paths
 
 
 def save_config(config: RunConfig, path: Path) -> None:

@@ -17,7 +17,7 @@ from megatron_bliss.bilevel.solvers import Averaged
 from megatron_bliss.bilevel.space import group_sum_
 from megatron_bliss.config import ModelConfig, read_saved_config
 from megatron_bliss.errors import UserError
-from megatron_bliss.mcore import checkpoints, models, parallel
+from megatron_bliss.mcore import checkpoint_files, checkpoints, models, parallel
 from megatron_bliss.mcore.batches import make_batch, mean_losses
 from megatron_bliss.mcore.losses import Divergence, VocabShard, token_terms_
 from megatron_bliss.mcore.lower_level import MegatronLowerLevel, MegatronUpperLevel, MicroBatch, micro_batches
@@ -225,7 +225,7 @@ def _stage(folder: Path) -> dict[str, Any]:
     try:
         bilevel.run(folder / "killed", 1)
     except KeyboardInterrupt:
-        reached = checkpoints.read_iteration(RunPaths(folder / "killed").bilevel(1))
+        reached = checkpoint_files.read_iteration(RunPaths(folder / "killed").bilevel(1))
     finally:
         bilevel.BilevelLoop.step = step  # type: ignore[method-assign]
     bilevel.run(folder / "killed", 1)

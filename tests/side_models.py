@@ -10,7 +10,7 @@ from megatron_bliss.artifacts import RunPaths
 from megatron_bliss.config import ModelConfig, RunConfig, read_saved_config, save_config
 from megatron_bliss.data.inventory import Inventory
 from megatron_bliss.errors import UserError
-from megatron_bliss.mcore import checkpoints, parallel
+from megatron_bliss.mcore import checkpoint_files, checkpoints, parallel
 from megatron_bliss.mcore.batches import Batch, make_batch
 from megatron_bliss.mcore.models import build_language_model, logits, token_losses
 from megatron_bliss.mcore.parallel import ParallelContext
@@ -156,7 +156,7 @@ def _prune(folder: Path, context: ParallelContext) -> dict[str, Any]:
         checkpoints.save(folder, iteration, {"model": model}, {}, {"at": iteration}, keep=2)
     return {
         "files": sorted(path.name for path in folder.iterdir()),
-        "latest": checkpoints.read_iteration(folder),
+        "latest": checkpoint_files.read_iteration(folder),
         "common": checkpoints.load(folder, {"model": model}, {}),
     }
 
@@ -195,7 +195,7 @@ def _warmup(folder: Path) -> dict[str, Any]:
     try:
         warmup_proxy.run(folder / "killed")
     except _KillError:
-        reached = checkpoints.read_iteration(RunPaths(folder / "killed").warmup_proxy)
+        reached = checkpoint_files.read_iteration(RunPaths(folder / "killed").warmup_proxy)
     finally:
         checkpoints.save = save
     warmup_proxy.run(folder / "killed")

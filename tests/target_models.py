@@ -14,7 +14,7 @@ from megatron_bliss.artifacts import RunPaths
 from megatron_bliss.config import ModelConfig, RunConfig, read_saved_config
 from megatron_bliss.data.shards import Shard
 from megatron_bliss.errors import UserError
-from megatron_bliss.mcore import checkpoints, parallel
+from megatron_bliss.mcore import checkpoint_files, checkpoints, parallel
 from megatron_bliss.mcore.batches import make_batch
 from megatron_bliss.mcore.models import logits, positions, token_losses
 from megatron_bliss.mcore.parallel import ParallelContext
@@ -30,7 +30,7 @@ def read_target(rank: int, run: Path) -> dict[str, Any]:
     tokens = torch.arange(48).reshape(2, 24)
     with torch.no_grad():
         found = logits(target, tokens)
-        expected = _megatrons_own(checkpoints.find(paths.warmup_target))(tokens, positions(tokens), None)
+        expected = _megatrons_own(checkpoint_files.find(paths.warmup_target))(tokens, positions(tokens), None)
     return {
         "difference": float((found - expected).abs().max()),
         "spread": float(found.std()),

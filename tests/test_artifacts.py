@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megatron_bliss import artifacts
@@ -40,6 +41,16 @@ def test_digests_tell_lists_of_parts_apart(tmp_path: Path) -> None:
     before = artifacts.digest_tree(tmp_path)
     (tmp_path / "x").write_bytes(b"1" * 11)
     assert artifacts.digest_tree(tmp_path) != before
+
+
+def test_the_digest_of_a_checkpoint_sees_other_weights_of_the_same_size(tmp_path: Path) -> None:
+    weights = np.random.default_rng(1).standard_normal(1 << 20).astype(np.float32)
+    (tmp_path / "weights").write_bytes(weights.tobytes())
+    before = artifacts.digest_tree(tmp_path)
+    (tmp_path / "weights").write_bytes(np.nextafter(weights, np.float32(9)).tobytes())
+    assert artifacts.digest_tree(tmp_path) != before
+    (tmp_path / "weights").write_bytes(weights.tobytes())
+    assert artifacts.digest_tree(tmp_path) == before
 
 
 def test_the_lock_names_its_holder(tmp_path: Path) -> None:

@@ -131,13 +131,13 @@ def run(tmp_path: Path) -> Path:
     main, random = arms(config, run_dir)
     inventory.write(main.paths.inventory)
     for number in (1, 2):
-        ends = main.last_iteration(number - 1), main.last_iteration(number)
+        ends = main.config.round_end(number - 1), main.config.round_end(number)
         write_results(main.paths, number, *ends, lambda i: 5 - 0.1 * (i - 6))
         write_results(
             random.paths,
             number,
-            random.last_iteration(number - 1),
-            random.last_iteration(number),
+            random.config.round_end(number - 1),
+            random.config.round_end(number),
             lambda i: 5 - 0.05 * (i - 6),
         )
         metrics = main.paths.bilevel(number) / "metrics.jsonl"

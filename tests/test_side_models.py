@@ -184,13 +184,13 @@ def test_all_ranks_learn_of_one_that_failed(two: list[dict[str, Any]]) -> None:
 
 
 def test_a_checkpoint_cannot_run_code(one: dict[str, Any], folder: Path, tmp_path: Path) -> None:
-    from megatron_bliss.mcore import checkpoints
+    from megatron_bliss.mcore import checkpoint_files, checkpoints
 
     class Call:
         def __reduce__(self) -> tuple[Any, ...]:
             return (print, ("code ran",))
 
-    path = checkpoints.find(folder / "pythia")
+    path = checkpoint_files.find(folder / "pythia")
     damaged = tmp_path / path.name
     shutil.copytree(path, damaged)
     for content in (Call(), {"state_dict_metadata": Call()}):
@@ -207,7 +207,7 @@ def test_a_checkpoint_cannot_run_code(one: dict[str, Any], folder: Path, tmp_pat
 
 
 def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
-    from megatron_bliss.mcore import checkpoints
+    from megatron_bliss.mcore import checkpoint_files
 
     with pytest.raises(UserError, match="holds no complete checkpoint"):
-        checkpoints.find(tmp_path)
+        checkpoint_files.find(tmp_path)

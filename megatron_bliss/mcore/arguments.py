@@ -43,11 +43,6 @@ class Files:
     load_iteration: int | None = None  # its newest where None
 
 
-def round_end(config: RunConfig, round_number: int) -> int:
-    """The LLM's iteration at the end of a round; round 0 is the warm-up."""
-    return config.warmup.target_steps + round_number * config.round_steps
-
-
 def split_blends(blend: Sequence[tuple[float, str]], validation: str) -> dict[str, list[str] | None]:
     """The content of the file for --per-split-data-args-path: the training blend, and the validation shard.
 
@@ -62,15 +57,15 @@ def split_blends(blend: Sequence[tuple[float, str]], validation: str) -> dict[st
 
 def training_arguments(config: RunConfig, files: Files) -> list[str]:
     """For the main line: it runs from the loaded iteration to the end of that round."""
-    ends = [round_end(config, number) for number in range(config.rounds + 1)]
+    ends = [config.round_end(number) for number in range(config.rounds + 1)]
     decay_start = ends[-1]  # of a decay that the main line never comes to
     return _arguments(config, files, ends[:-1], ends[-1], decay_start, max(config.evaluation.decay_steps, 1))
 
 
 def decay_arguments(config: RunConfig, round_number: int, files: Files) -> list[str]:
     """For the decay branch after a round: it goes on through the round's data while the learning rate falls."""
-    start = round_end(config, round_number)
-    starts_of_phases = [round_end(config, number) for number in range(round_number)]
+    start = config.round_end(round_number)
+    starts_of_phases = [config.round_end(number) for number in range(round_number)]
     steps = config.evaluation.decay_steps
     return _arguments(config, files, starts_of_phases, start + steps, start, steps)
 

@@ -1,7 +1,6 @@
 """Checkpoints in Megatron's torch_dist format and layout, readable at any tensor- and data-parallel size.
 
-    DIRECTORY/iter_0000010/                       torch_dist: models and vectors, each tensor whole
-    DIRECTORY/latest_checkpointed_iteration.txt   written last: a checkpoint it does not name is not there
+They lie as `checkpoint_files` says; models and vectors are saved with each tensor whole.
 
 Whatever a checkpoint holds is data: pickles inside it are read with an allow-list of types (torch's `weights_only`,
 and an unpickler of our own for torch_dist's table of contents), so that a checkpoint from elsewhere cannot run code.
@@ -11,7 +10,6 @@ import dataclasses
 import logging
 import os
 import pickle
-import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,17 +25,17 @@ from megatron.core.dist_checkpointing.optimizer import get_param_id_to_sharded_p
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from megatron_bliss.artifacts import atomic_write, fsync_directory
+from megatron_bliss.artifacts import fsync_directory
 from megatron_bliss.config import ModelConfig
 from megatron_bliss.errors import UserError
 from megatron_bliss.mcore.architectures import padded_vocab_size, resolve
+from megatron_bliss.mcore.checkpoint_files import find, iteration_path, iterations, write_iteration
 from megatron_bliss.mcore.models import build_language_model
 from megatron_bliss.mcore.parallel import ParallelContext
 
 # it recommends another package at every process's first save
 logging.getLogger("megatron.core.dist_checkpointing.strategies.torch").setLevel(logging.ERROR)
 
-LATEST = "latest_checkpointed_iteration.txt"
 MODEL = "model"  # a model of this name is saved as pretrain() would: with nothing before its parameters' names
 SCORE = "score"  # what the score model is saved as, beside the proxy
 Vectors = Mapping[str, Mapping[str, Sequence[Tensor]]]  # by model, by name: like the model's trainable parameters
@@ -70,8 +68,7 @@ def save(
         fsync_directory(temporary)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
-        with atomic_write(Path(directory) / LATEST, "w") as stream:
-            stream.write(str(iteration))
+        write_iteration(directory, iteration)
         for old in iterations(directory)[:-keep]:
             shutil.rmtree(iteration_path(directory, old), ignore_errors=True)
     dist.barrier()
@@ -124,42 +121,6 @@ def load_target(directory: Path, context: ParallelContext, model: ModelConfig, v
     target = build_language_model(model, vocab_size, context).requires_grad_(False).eval()
     _load_parameters(target, _read({MODEL: target.sharded_state_dict()}, path)[MODEL], "")
     return target
-
-
-def read_iteration(directory: Path) -> int | None:
-    """Iteration of the newest checkpoint, or None."""
-    try:
-        text = (Path(directory) / LATEST).read_text().strip()
-    except FileNotFoundError:
-        return None
-    if text.isdecimal():
-        return int(text)
-    # Megatron writes the file in place, as its last act: it was killed there
-    return max(iterations(directory), default=None)
-
-
-def find(directory: Path) -> Path:
-    """The iter_… directory of the newest checkpoint, or `directory` if it is one itself.
-
-    :raises UserError: if there is none.
-    """
-    directory = Path(directory)
-    if (directory / "metadata.json").is_file():
-        return directory
-    iteration = read_iteration(directory)
-    if iteration is None or not (iteration_path(directory, iteration) / "metadata.json").is_file():
-        raise UserError(f"{directory} holds no complete checkpoint; run the stage that writes it first")
-    return iteration_path(directory, iteration)
-
-
-def iteration_path(directory: Path, iteration: int) -> Path:
-    return Path(directory) / f"iter_{iteration:07d}"
-
-
-def iterations(directory: Path) -> list[int]:
-    """Of all complete checkpoints, ascending."""
-    found = [re.fullmatch(r"iter_(\d+)", path.parent.name) for path in Path(directory).glob("iter_*/metadata.json")]
-    return sorted(int(match[1]) for match in found if match)
 
 
 def _prefix(name: str) -> str:

@@ -255,7 +255,7 @@ def _notes(config: RunConfig, run_dir: Path, pool: PoolSize | None) -> list[str]
             )
         share = selection_flops(arm, pool)
         if share is not None:
-            training = train_flops(arm.config, arm.last_iteration(config.rounds))
+            training = train_flops(arm.config, arm.config.round_end(config.rounds))
             lines.append(f"{arm.name}: selection takes {share / training:.1%} of the training's FLOPs")
     return lines
 

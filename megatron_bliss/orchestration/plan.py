@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_bliss.artifacts import RunPaths
-from megatron_bliss.config import RunConfig, control_config
+from megatron_bliss.config import RunConfig, control_config, warmup_run
+from megatron_bliss.mcore.checkpoint_files import iteration_path
 from megatron_bliss.methods import offline_method
 from megatron_bliss.methods.offline import OfflineMethod
 
@@ -29,17 +30,13 @@ class Arm:
     @property
     def warmup(self) -> RunPaths:
         """The run that this arm's warm-up is taken from."""
-        return RunPaths(Path(self.config.warmup.start_from)) if self.config.warmup.start_from else self.paths
-
-    def last_iteration(self, round_number: int) -> int:
-        """The target's iteration at the end of a round; round 0 is the warm-up."""
-        return self.config.warmup.target_steps + round_number * self.config.round_steps
+        return warmup_run(self.config, self.paths)
 
     def target_checkpoint(self, round_number: int) -> Path:
         """The target at the end of a round; round 0 is the warm-up."""
         if round_number == 0:
             return self.warmup.warmup_target
-        return self.paths.target / f"iter_{self.last_iteration(round_number):07d}"
+        return iteration_path(self.paths.target, self.config.round_end(round_number))
 
     def stage_name(self, command: str, round_number: int | None = None) -> str:
         """Such as `score` of round 1: `round-0001/score`, or `controls/NAME/round-0001/score`."""
@@ -123,7 +120,7 @@ def _warmup(arm: Arm, with_proxy: bool) -> list[Stage]:
     after = ["warmup-select"]
     stages = [_stage(arm, "warmup-select", needs=["inventory"], inputs=inventory, output=selection, distributed=False)]
     if arm.config.warmup.target_steps:
-        span = (0, arm.last_iteration(0))
+        span = (0, arm.config.round_end(0))
         stages.append(
             _stage(
                 arm,
@@ -147,7 +144,7 @@ def _round(arm: Arm, number: int, earlier: set[str]) -> list[Stage]:
     if inventory not in earlier:
         inventory, inventory_file = "inventory", arm.warmup.inventory
     proxy = arm.warmup.warmup_proxy
-    target = [arm.target_checkpoint(number - 1)] if arm.last_iteration(number - 1) else []
+    target = [arm.target_checkpoint(number - 1)] if arm.config.round_end(number - 1) else []
     after_target = [arm.stage_name("pretrain", number - 1) if number > 1 else "warmup-target"]
     after_model, model = ["warmup-proxy"], proxy
     stages = []
@@ -182,7 +179,7 @@ def _round(arm: Arm, number: int, earlier: set[str]) -> list[Stage]:
             inputs=[selection, *target],
             output=trained,
             round_number=number,
-            iterations=(arm.last_iteration(number - 1), arm.last_iteration(number)),
+            iterations=(arm.config.round_end(number - 1), arm.config.round_end(number)),
         ),
         _stage(
             arm,

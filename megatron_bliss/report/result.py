@@ -126,7 +126,7 @@ def speedup_over_random(run: RunFiles) -> Speedup | None:
     random = next((files for files in run.arms[1:] if files.arm.config.method == "random"), None)
     if random is None:
         return None
-    start = main.arm.last_iteration(0)
+    start = main.arm.config.round_end(0)
     for ours, theirs in ((main.curve, random.curve), (main.decays, random.decays)):
         if ours and theirs:
             curve = [(point.iteration, point.loss) for point in theirs]

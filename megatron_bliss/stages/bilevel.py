@@ -12,14 +12,14 @@ from megatron_bliss.bilevel.curvature import Pool, check_exact, make_curvature
 from megatron_bliss.bilevel.loop import BilevelLoop, LoopSettings
 from megatron_bliss.bilevel.solvers import Averaged, Paper, Solver
 from megatron_bliss.bilevel.space import ParameterSpace, group_size
-from megatron_bliss.config import BilevelConfig, RunConfig, read_saved_config
+from megatron_bliss.config import BilevelConfig, RunConfig, read_saved_config, warmup_run
 from megatron_bliss.data.inventory import Inventory
 from megatron_bliss.data.sampling import SequenceSampler, share_of_rank
 from megatron_bliss.data.seeds import derive, hash_positions
 from megatron_bliss.data.shards import verify_shard
 from megatron_bliss.data.slices import Slicing
 from megatron_bliss.data.validation import ValidationSet
-from megatron_bliss.mcore import checkpoints, parallel
+from megatron_bliss.mcore import checkpoint_files, checkpoints, parallel
 from megatron_bliss.mcore.batches import cut_windows, make_batch
 from megatron_bliss.mcore.lower_level import MegatronLowerLevel, MegatronUpperLevel, MicroBatch, micro_batches
 from megatron_bliss.mcore.models import build_language_model
@@ -42,7 +42,7 @@ def run(run_dir: Path, round_number: int) -> None:
     settings, directory = config.bilevel, paths.bilevel(round_number)
     context = parallel.initialize(config.proxy.tensor_parallel, config.proxy.sequence_parallel, config.seed)
     with agreed(context):
-        done = checkpoints.read_iteration(directory) or 0
+        done = checkpoint_files.read_iteration(directory) or 0
         data = BilevelData(config, run_inventory(paths.root, config), round_number, context)
     if done >= settings.outer_steps:
         return
@@ -92,7 +92,8 @@ def build(
             checkpoints.load_model(paths.bilevel(round_number - 1), score_model, checkpoints.SCORE)
     target = None
     if settings.gamma:
-        target = checkpoints.load_target(target_directory(paths, config), context, config.target.model, vocab_size)
+        checkpoint = target_checkpoint(paths, config, round_number)
+        target = checkpoints.load_target(checkpoint, context, config.target.model, vocab_size)
     lower = MegatronLowerLevel(proxy, target, context, vocab_size, settings.gamma, settings.kl_direction)
     upper = MegatronUpperLevel(score_model, context)
     curvature = make_curvature(settings.curvature, lower.space)
@@ -100,12 +101,11 @@ def build(
     return loop, {checkpoints.MODEL: proxy, checkpoints.SCORE: score_model}
 
 
-def target_directory(paths: RunPaths, config: RunConfig) -> Path:
-    """Where the LLM's newest checkpoint lies: that of its last round, or of the warm-up."""
-    if checkpoints.read_iteration(paths.target) is not None:
-        return paths.target
-    start = config.warmup.start_from
-    return (RunPaths(Path(start)) if start else paths).warmup_target
+def target_checkpoint(paths: RunPaths, config: RunConfig, round_number: int) -> Path:
+    """The LLM as the round before this one left it, or the warm-up: its iter_… directory."""
+    if round_number > 1:
+        return checkpoint_files.iteration_path(paths.target, config.round_end(round_number - 1))
+    return checkpoint_files.iteration_path(warmup_run(config, paths).warmup_target, config.round_end(0))
 
 
 def make_solver(settings: BilevelConfig, space: ParameterSpace) -> Solver:

@@ -18,8 +18,7 @@ from megatron_bliss.data.seeds import derive
 from megatron_bliss.data.shards import verify_shard
 from megatron_bliss.data.slices import Slicing
 from megatron_bliss.data.validation import ValidationSet
-from megatron_bliss.mcore import checkpoints, parallel
-from megatron_bliss.mcore.arguments import round_end
+from megatron_bliss.mcore import checkpoint_files, checkpoints, parallel
 from megatron_bliss.mcore.parallel import ParallelContext, agreed
 from megatron_bliss.mcore.scorer import Pass, Sequences, ShardSequences, ValidationSequences, loss_measure, mean
 from megatron_bliss.progress import Progress
@@ -37,15 +36,15 @@ def run(run_dir: Path, round_number: int) -> None:
     decayed = decay_branch(paths.root, round_number)
     gc.collect()  # the trainer's model and optimizer
     context = parallel.initialize(config.target.tensor_parallel, config.target.sequence_parallel, config.seed)
-    last = round_end(config, round_number)
+    last = config.round_end(round_number)
     with agreed(context):
         inventory = run_inventory(paths.root, config)
         sets = measured_sets(config, inventory)
         measured = {"decay": decayed}
         if config.evaluation.curve:
-            found = checkpoints.iterations(paths.target)
+            found = checkpoint_files.iterations(paths.target)
             measured |= {
-                str(iteration): checkpoints.iteration_path(paths.target, iteration)
+                str(iteration): checkpoint_files.iteration_path(paths.target, iteration)
                 for iteration in found
                 if last - config.round_steps < iteration <= last
             }

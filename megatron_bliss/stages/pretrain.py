@@ -6,17 +6,15 @@ of its last iteration is there. One that was killed goes on from the newest chec
 
 import json
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_bliss.artifacts import RunPaths, atomic_write
-from megatron_bliss.config import RunConfig, read_saved_config
+from megatron_bliss.config import RunConfig, read_saved_config, warmup_run
 from megatron_bliss.data.selection import Selection
-from megatron_bliss.mcore.arguments import Files, decay_arguments, round_end, split_blends, training_arguments
+from megatron_bliss.mcore.arguments import Files, decay_arguments, split_blends, training_arguments
+from megatron_bliss.mcore.checkpoint_files import iteration_path, mend_latest, read_iteration
 from megatron_bliss.mcore.script import PACKAGED_SCRIPT, run_script
-
-_LATEST = "latest_checkpointed_iteration.txt"
 
 
 def run(run_dir: Path, round_number: int) -> None:
@@ -30,9 +28,9 @@ def run(run_dir: Path, round_number: int) -> None:
     if round_number == 0:
         save, selection, start = paths.warmup_target, paths.warmup_selection, None
     else:
-        save, selection, start = paths.target, paths.selection(round_number), _warmup(config, paths).warmup_target
-    end = round_end(config, round_number)
-    resumed = latest_iteration(save)
+        save, selection, start = paths.target, paths.selection(round_number), warmup_run(config, paths).warmup_target
+    end = config.round_end(round_number)
+    resumed = read_iteration(save)
     if resumed is not None and resumed >= end:
         _say(f"[pretrain] {save} is already at iteration {resumed}")
         return
@@ -51,15 +49,15 @@ def decay_branch(run_dir: Path, round_number: int) -> Path:
     """
     paths = RunPaths(Path(run_dir))
     config = read_saved_config(paths.config)
-    start = round_end(config, round_number)
+    start = config.round_end(round_number)
     if round_number == 0:
-        trunk, selection = _warmup(config, paths).warmup_target, _warmup(config, paths).warmup_selection
+        trunk, selection = warmup_run(config, paths).warmup_target, warmup_run(config, paths).warmup_selection
     else:
         trunk, selection = paths.target, paths.selection(round_number)
     if config.evaluation.decay_steps == 0:
-        return checkpoint(trunk, start)
+        return iteration_path(trunk, start)
     save, end = paths.evaluation(round_number) / "decay", start + config.evaluation.decay_steps
-    resumed = latest_iteration(save)
+    resumed = read_iteration(save)
     if resumed != end:
         is_new = resumed is None
         files = Files(
@@ -70,43 +68,11 @@ def decay_branch(run_dir: Path, round_number: int) -> Path:
             load_iteration=start if is_new else None,
         )
         _train(config, selection, files, decay_arguments(config, round_number, files), end)
-    return checkpoint(save, end)
-
-
-def checkpoint(directory: Path, iteration: int) -> Path:
-    """Where Megatron puts the checkpoint of an iteration."""
-    return directory / f"iter_{iteration:07d}"
-
-
-def latest_iteration(directory: Path) -> int | None:
-    """Iteration of the newest checkpoint that Megatron finished writing, or None."""
-    try:
-        word = (directory / _LATEST).read_text().strip()
-    except FileNotFoundError:
-        return None
-    if word.isdecimal():
-        return int(word)
-    # killed while it wrote this file, which it does last
-    found = [re.fullmatch(r"iter_(\d{7})", path.parent.name) for path in directory.glob("iter_*/metadata.json")]
-    return max((int(match[1]) for match in found if match), default=None)
-
-
-def _mend_latest(directory: Path) -> None:
-    """Megatron cannot read what it left when it was killed while it named the newest checkpoint."""
-    if (directory / _LATEST).is_file() and not (directory / _LATEST).read_text().strip():
-        if (iteration := latest_iteration(directory)) is None:
-            (directory / _LATEST).unlink()
-            return
-        with atomic_write(directory / _LATEST, "w") as stream:
-            stream.write(str(iteration))
+    return iteration_path(save, end)
 
 
 def _data_file(save: Path) -> Path:
     return save.with_name(f"{save.name}-data.json")
-
-
-def _warmup(config: RunConfig, paths: RunPaths) -> RunPaths:
-    return RunPaths(Path(config.warmup.start_from)) if config.warmup.start_from else paths
 
 
 def _train(config: RunConfig, selection: Path, files: Files, arguments: Sequence[str], end: int) -> None:
@@ -114,13 +80,13 @@ def _train(config: RunConfig, selection: Path, files: Files, arguments: Sequence
         blends = split_blends(Selection.open(selection).blend, config.data.validation)
         with atomic_write(files.data, "w") as stream:
             json.dump(blends, stream, indent=1)
-        _mend_latest(files.save)
+        mend_latest(files.save)
     try:
         run_script(Path(config.target.script or PACKAGED_SCRIPT), arguments, selection)
     except SystemExit as ended:  # how Megatron ends at a transition
         if ended.code:
             raise
-    reached = latest_iteration(files.save)
+    reached = read_iteration(files.save)
     if reached is None or reached < end:
         raise SystemExit(f"Megatron stopped at iteration {reached} of {end}; run the stage again to go on")
 

@@ -14,7 +14,7 @@ from megatron_bliss.data.scores import Chunk, ScoreWriter
 from megatron_bliss.data.shards import ShardRecord, verify_shard
 from megatron_bliss.data.slices import Slicing
 from megatron_bliss.errors import UserError
-from megatron_bliss.mcore import checkpoints, parallel
+from megatron_bliss.mcore import checkpoint_files, checkpoints, parallel
 from megatron_bliss.mcore.models import build_language_model
 from megatron_bliss.mcore.parallel import ParallelContext, agreed
 from megatron_bliss.mcore.score_model import build_score_model
@@ -37,7 +37,7 @@ def run(run_dir: Path, round_number: int) -> None:
     with agreed(context):
         if method.scored_by == "none":
             raise UserError(f"method {method.name!r} scores nothing with a model; go on with the select stage")
-        checkpoint = checkpoints.find(_checkpoint_directory(paths, config, method.scored_by, round_number))
+        checkpoint = checkpoint_files.find(_checkpoint_directory(paths, config, method.scored_by, round_number))
         inventory = run_inventory(paths.root, config)
         wanted = Slicing.of(config, inventory).ids_by_name(round_number)
         shards = {record.name: verify_shard(record) for record in inventory.pool}

@@ -12,12 +12,12 @@ from megatron_bliss.artifacts import RunPaths
 from megatron_bliss.bilevel.hypergradient import harvest_
 from megatron_bliss.bilevel.loop import MOMENTS, AdamW, LoopSettings, lr_factor
 from megatron_bliss.bilevel.space import ParameterSpace, Vector, group_sum_
-from megatron_bliss.config import RunConfig, read_saved_config
+from megatron_bliss.config import RunConfig, read_saved_config, warmup_run
 from megatron_bliss.data.sampling import SequenceSampler, share_of_rank
 from megatron_bliss.data.seeds import derive, hash_positions
 from megatron_bliss.data.selection import Selection
 from megatron_bliss.data.shards import Shard
-from megatron_bliss.mcore import checkpoints, parallel
+from megatron_bliss.mcore import checkpoint_files, checkpoints, parallel
 from megatron_bliss.mcore.batches import Batch, bucket, cut_windows, make_batch
 from megatron_bliss.mcore.models import build_language_model, token_losses
 from megatron_bliss.mcore.parallel import ParallelContext, agreed
@@ -29,8 +29,7 @@ LR_WARMUP_FRACTION = 0.1  # of the steps; then cosine, to zero
 
 def proxy_directory(paths: RunPaths, config: RunConfig) -> Path:
     """Where the warmed-up proxy of a run lies: its own, or that of the run it starts from."""
-    start = config.warmup.start_from
-    return (RunPaths(Path(start)) if start else paths).warmup_proxy
+    return warmup_run(config, paths).warmup_proxy
 
 
 def run(run_dir: Path) -> None:
@@ -43,7 +42,7 @@ def run(run_dir: Path) -> None:
     context = parallel.initialize(config.proxy.tensor_parallel, config.proxy.sequence_parallel, config.seed)
     num_steps, directory = config.warmup.proxy_steps, paths.warmup_proxy
     with agreed(context):
-        done = checkpoints.read_iteration(directory) or 0
+        done = checkpoint_files.read_iteration(directory) or 0
         data = WarmupData(Selection.open(paths.warmup_selection), config, context)
     vocab_size = config.data.tokenizer.vocab_size
     model = build_language_model(config.proxy.model, vocab_size, context, config.proxy.recompute)
