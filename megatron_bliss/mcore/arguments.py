@@ -40,7 +40,6 @@ class Files:
     index_cache: Path
     save: Path
     load: Path | None = None  # a directory of checkpoints
-    load_iteration: int | None = None  # its newest where None
 
 
 def split_blends(blend: Sequence[tuple[float, str]], validation: str) -> dict[str, list[str] | None]:
@@ -142,8 +141,6 @@ def _checkpoints(config: RunConfig, files: Files) -> list[str]:
     words += ["--save-interval", str(config.target.save_interval)]
     if files.load is not None:
         words += ["--load", str(files.load), "--exit-on-missing-checkpoint"]
-    if files.load_iteration is not None:
-        words += ["--ckpt-step", str(files.load_iteration)]
     return words
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from megatron_bliss.artifacts import RunPaths, write_json
-from megatron_bliss.config import RunConfig, read_saved_config
+from megatron_bliss.config import RunConfig, read_saved_config, warmup_run
 from megatron_bliss.data.inventory import Inventory
 from megatron_bliss.data.sampling import permute
 from megatron_bliss.data.seeds import derive
@@ -42,12 +42,7 @@ def run(run_dir: Path, round_number: int) -> None:
         sets = measured_sets(config, inventory)
         measured = {"decay": decayed}
         if config.evaluation.curve:
-            found = checkpoint_files.iterations(paths.target)
-            measured |= {
-                str(iteration): checkpoint_files.iteration_path(paths.target, iteration)
-                for iteration in found
-                if last - config.round_steps < iteration <= last
-            }
+            measured |= {str(checkpoint[0]): checkpoint[1] for checkpoint in line(paths, config, round_number)}
     progress = Progress("evaluate", len(measured), "checkpoints") if context.is_first else None
     losses: dict[str, dict[str, Any]] = {}
     for name, checkpoint in measured.items():
@@ -63,6 +58,19 @@ def run(run_dir: Path, round_number: int) -> None:
         if context.is_first:
             results = {"schema": 1, "iteration": last, "tokens_trained": _tokens(config, last), "decay": decay}
             write_json(paths.evaluation(round_number) / "results.json", results | {"curve": curve})
+
+
+def line(paths: RunPaths, config: RunConfig, round_number: int) -> list[tuple[int, Path]]:
+    """Iteration and place of the checkpoints that a round saved; the first round's begin with the warm-up's last."""
+    first, last = config.round_end(round_number - 1), config.round_end(round_number)
+    found = [
+        (iteration, checkpoint_files.iteration_path(paths.target, iteration))
+        for iteration in checkpoint_files.iterations(paths.target)
+        if first < iteration <= last
+    ]
+    if round_number == 1 and first:
+        found.insert(0, (first, checkpoint_files.iteration_path(warmup_run(config, paths).warmup_target, first)))
+    return found
 
 
 def _tokens(config: RunConfig, iteration: int) -> int:

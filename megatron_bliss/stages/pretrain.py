@@ -9,11 +9,12 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_bliss.artifacts import RunPaths, atomic_write
+from megatron_bliss.artifacts import RunPaths, atomic_write, read_json, write_json
 from megatron_bliss.config import RunConfig, read_saved_config, warmup_run
 from megatron_bliss.data.selection import Selection
+from megatron_bliss.errors import UserError
 from megatron_bliss.mcore.arguments import Files, decay_arguments, split_blends, training_arguments
-from megatron_bliss.mcore.checkpoint_files import iteration_path, mend_latest, read_iteration
+from megatron_bliss.mcore.checkpoint_files import iteration_path, mend_latest, read_iteration, write_iteration
 from megatron_bliss.mcore.script import PACKAGED_SCRIPT, run_script
 
 
@@ -30,6 +31,7 @@ def run(run_dir: Path, round_number: int) -> None:
     else:
         save, selection, start = paths.target, paths.selection(round_number), warmup_run(config, paths).warmup_target
     end = config.round_end(round_number)
+    _remember_selection(save, round_number, selection)
     resumed = read_iteration(save)
     if resumed is not None and resumed >= end:
         _say(f"[pretrain] {save} is already at iteration {resumed}")
@@ -59,16 +61,39 @@ def decay_branch(run_dir: Path, round_number: int) -> Path:
     save, end = paths.evaluation(round_number) / "decay", start + config.evaluation.decay_steps
     resumed = read_iteration(save)
     if resumed != end:
-        is_new = resumed is None
-        files = Files(
-            _data_file(save),
-            paths.index_cache,
-            save,
-            load=trunk if is_new else save,
-            load_iteration=start if is_new else None,
-        )
+        fresh = paths.evaluation(round_number) / "start"
+        load = save if resumed is not None else _branching_point(trunk, start, fresh)
+        files = Files(_data_file(save), paths.index_cache, save, load)
         _train(config, selection, files, decay_arguments(config, round_number, files), end)
     return iteration_path(save, end)
+
+
+def _branching_point(trunk: Path, iteration: int, directory: Path) -> Path:
+    """A directory whose newest checkpoint is that of `iteration`, by a link: the next round may be writing the trunk."""
+    if _is_first():
+        directory.mkdir(parents=True, exist_ok=True)
+        link = iteration_path(directory, iteration)
+        if not link.is_symlink():
+            link.symlink_to(os.path.relpath(iteration_path(trunk, iteration), directory))
+        write_iteration(directory, iteration)
+    return directory
+
+
+def _remember_selection(save: Path, round_number: int, selection: Path) -> None:
+    """Note beside the checkpoints what each round was trained on.
+
+    :raises UserError: if the round was begun on another selection: its steps cannot be taken back.
+    """
+    if not _is_first():
+        return
+    path, digest = save.with_name(f"{save.name}-selections.json"), Selection.open(selection).digest
+    known = read_json(path)["rounds"] if path.exists() else {}
+    if known.setdefault(str(round_number), digest) != digest:
+        raise UserError(
+            f"{selection} is not the selection that round {round_number} of {save} was begun with; put that one back, "
+            "or start a new run with --run DIR"
+        )
+    write_json(path, {"schema": 1, "rounds": known})
 
 
 def _data_file(save: Path) -> Path:
@@ -76,7 +101,7 @@ def _data_file(save: Path) -> Path:
 
 
 def _train(config: RunConfig, selection: Path, files: Files, arguments: Sequence[str], end: int) -> None:
-    if os.environ.get("RANK", "0") == "0":
+    if _is_first():
         blends = split_blends(Selection.open(selection).blend, config.data.validation)
         with atomic_write(files.data, "w") as stream:
             json.dump(blends, stream, indent=1)
@@ -91,6 +116,10 @@ def _train(config: RunConfig, selection: Path, files: Files, arguments: Sequence
         raise SystemExit(f"Megatron stopped at iteration {reached} of {end}; run the stage again to go on")
 
 
+def _is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _say(line: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
+    if _is_first():
         print(line, flush=True)
