@@ -25,14 +25,14 @@ from megatron_bliss.data.deduplicate import KeptLines
 
 # Characters of each domain in the pool, at most.
 CAPS = {
-    "stdlib": 6_900_000,
-    "tests": 7_100_000,
-    "tables": 2_700_000,
-    "licences": 1_500_000,
-    "headers": 3_400_000,
-    "data": 1_200_000,
-    "docs": 1_650_000,
-    "junk": 2_400_000,
+    "stdlib": 5_000_000,
+    "tests": 5_200_000,
+    "tables": 2_000_000,
+    "licences": 1_100_000,
+    "headers": 2_400_000,
+    "data": 900_000,
+    "docs": 1_400_000,
+    "junk": 3_500_000,
 }
 TARGET_DOMAIN = "docs"  # what the held-out sets are of
 HELD_OUT = ("test", "validation")

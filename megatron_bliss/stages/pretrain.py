@@ -69,7 +69,7 @@ def decay_branch(run_dir: Path, round_number: int) -> Path:
 
 
 def _branching_point(trunk: Path, iteration: int, directory: Path) -> Path:
-    """A directory whose newest checkpoint is that of `iteration`, by a link: the next round may be writing the trunk."""
+    """A directory whose newest checkpoint is that of `iteration`, by a link: a next round may be writing the trunk."""
     if _is_first():
         directory.mkdir(parents=True, exist_ok=True)
         link = iteration_path(directory, iteration)
