@@ -213,6 +213,11 @@ class RunConfig:
         """Disjoint parts of the pool: one for the warm-up, one a round."""
         return self.rounds + 1
 
+    @property
+    def is_model_parallel(self) -> bool:
+        """Whether any model is split inside its layers."""
+        return max(self.target.tensor_parallel, self.target.context_parallel, self.proxy.tensor_parallel) > 1
+
     def round_end(self, round_number: int) -> int:
         """The LLM's iteration at the end of a round; round 0 is the warm-up."""
         return self.warmup.target_steps + round_number * self.round_steps

@@ -357,6 +357,16 @@ def test_cores_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert local.stage_environment(LaunchConfig(threads=3), 4)["OMP_NUM_THREADS"] == "3"
 
 
+def test_model_parallel_ranks_start_kernels_in_order_unless_the_user_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+    assert "CUDA_DEVICE_MAX_CONNECTIONS" not in local.stage_environment(LaunchConfig(), 2)
+    assert local.stage_environment(LaunchConfig(), 2, True)["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "8")
+    assert local.stage_environment(LaunchConfig(), 2, True)["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"
+
+
 # --- logs
 
 

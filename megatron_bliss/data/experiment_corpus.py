@@ -1,10 +1,11 @@
 """From jsonl text to everything an experiment reads: a tokenizer of its own, one shard a domain, validation and test.
 
-The texts are held in memory; for larger pools, build shards with tools/text_to_shards.py and name them in a run's YAML.
+The texts are held in memory, so a larger pool is thinned out; to use all of it, build shards with
+tools/text_to_shards.py and name them in a run's YAML.
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -12,10 +13,13 @@ from megatron_bliss.artifacts import digest_file, digest_json, read_json, write_
 from megatron_bliss.data.corpus import Cutting, Encoder, ensure_shard
 from megatron_bliss.data.deduplicate import deduplicate
 from megatron_bliss.data.documents import Corpus, corpus_from_texts, read_documents
-from megatron_bliss.data.tokenizers import train_sentencepiece
+from megatron_bliss.data.tokenizers import Tokenizer, train_sentencepiece
 from megatron_bliss.errors import UserError
 
 _TOKENIZER_CHARACTERS = 5_000_000  # of the pool, at most, that the tokenizer is trained on
+_SMALLEST_VOCABULARY = 512  # pieces; 256 of them are bytes
+POOL_BYTES = 40_000_000  # of jsonl, at most; of a larger pool the same share of every domain is drawn
+_HELD_OUT_BYTES = 4_000_000  # of the validation and of the test file, at most
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ def prepare(
     pool_texts, held_out = _without_duplicates(domains, [Path(test), Path(validation)], seed)
     corpora = [corpus_from_texts(name, texts) for name, texts in pool_texts.items()]
     model = out / "tokenizer.model"
-    tokenizer = train_sentencepiece(_sample(corpora), model, vocab_size)
+    tokenizer = _train_tokenizer(corpora, model, vocab_size)
     corpora += [corpus_from_texts(name, texts) for name, texts in zip(("test", "validation"), held_out, strict=True)]
     prefixes = {name: str(out / "pool" / name) for name in pool_texts}
     prepared = Prepared(prefixes, str(out / "validation"), str(out / "test"), str(model), tokenizer.vocab_size)
@@ -66,6 +70,21 @@ def prepare(
             ensure_shard(corpus, prefix, encoder, Cutting(cut))
     write_json(record, {"schema": 1, "inputs": inputs, "digests": _digests(prepared), "prepared": asdict(prepared)})
     return prepared
+
+
+def _train_tokenizer(corpora: list[Corpus], path: Path, vocab_size: int) -> Tokenizer:
+    """One with as many pieces as wanted, or as the text has enough for.
+
+    :raises UserError: if there is too little text even for a few.
+    """
+    while True:
+        try:
+            return train_sentencepiece(_sample(corpora), path, vocab_size)
+        except UserError:
+            if vocab_size // 2 < _SMALLEST_VOCABULARY:
+                raise
+            vocab_size //= 2
+            print(f"[corpus] there is little text: the tokenizer gets {vocab_size} pieces", flush=True)
 
 
 def _sample(corpora: list[Corpus]) -> Iterator[str]:
@@ -93,7 +112,9 @@ def _without_duplicates(
 ) -> tuple[dict[str, list[str]], list[list[str]]]:
     """Documents of each domain, in an order drawn from the seed, and of each held-out file, in their own."""
     paths = [*held_out, *domains.values()]
-    groups = [[document.text for document in read_documents(path)] for path in paths]
+    share = _share("the pool", domains.values(), POOL_BYTES)
+    shares = [*(_share(path.name, [path], _HELD_OUT_BYTES) for path in held_out), *(share for _ in domains)]
+    groups = [list(_thinned(path, share, seed)) for path, share in zip(paths, shares, strict=True)]
     kept = []
     for path, group, indices in zip(paths, groups, deduplicate(groups), strict=True):
         texts = [group[index] for index in indices]
@@ -114,6 +135,25 @@ def _without_duplicates(
     if not pool:
         raise UserError("the pool has no documents that are not near-duplicates of the held-out sets; add text")
     return pool, kept[: len(held_out)]
+
+
+def _share(name: str, paths: Iterable[Path], max_bytes: int) -> float:
+    """Share of the documents to use, so that about `max_bytes` are."""
+    size = sum(path.stat().st_size for path in paths)
+    if size <= max_bytes:
+        return 1.0
+    print(
+        f"[corpus] {name} has {size / 1e6:.0f} MB: a random {max_bytes / size:.1%} of its documents is used", flush=True
+    )
+    return max_bytes / size
+
+
+def _thinned(path: Path, share: float, seed: int) -> Iterator[str]:
+    """The texts of a random share of a file's documents, in their order; which ones is drawn from the seed."""
+    draws = random.Random(f"{seed} {path.name} share")  # noqa: S311 (not cryptography)
+    for document in read_documents(path):
+        if draws.random() < share:
+            yield document.text
 
 
 def _digests(prepared: Prepared) -> dict[str, str]:

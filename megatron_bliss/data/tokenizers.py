@@ -8,7 +8,6 @@ which SentencePiece uses for the space.
 import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Protocol
 
@@ -19,6 +18,7 @@ from megatron_bliss.artifacts import atomic_write, digest_bytes, digest_file
 from megatron_bliss.errors import UserError
 
 _BLOCK_CHARACTERS = 2000  # of text a training sentence: whole lines, so that newlines and indentation are learnt too
+_CHARACTER_COVERAGES = (0.9995, 0.99, 0.97, 0.9)  # of the text, by characters with a piece of their own
 _EOD_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|eos|>", "[EOS]")
 
 
@@ -132,43 +132,53 @@ def train_sentencepiece(
 
     :param texts: documents, read until `max_characters` of them were seen.
     :param vocab_size: pieces in all, 4 reserved ids and 256 bytes included.
-    :raises UserError: if there is no text, or too little for that many pieces, or too few pieces for the characters.
+    Characters get a piece of their own, most frequent first, as far as there is room; bytes stand for the others.
+
+    :raises UserError: if there is no text, or too little for that many pieces.
     """
     path = Path(path)
-    blocks = _blocks(texts, max_characters)
-    first = next(blocks, None)
-    if first is None:
+    blocks = list(_blocks(texts, max_characters))
+    if not blocks:
         raise UserError(f"no text to train {path} on; the input has no documents")
+    reason = ""
+    for coverage in _CHARACTER_COVERAGES:
+        try:
+            model = _train(blocks, vocab_size, coverage)
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[-1]
+            continue
+        with atomic_write(path) as stream:
+            stream.write(model)
+        return SentencePiece(path)
+    raise UserError(
+        f"no tokenizer with {vocab_size} pieces can be trained on this text ({reason}); change the vocabulary size"
+    )
+
+
+def _train(blocks: list[str], vocab_size: int, coverage: float) -> bytes:
+    """:raises RuntimeError: if the text has not enough pieces, or too many characters, for the vocabulary."""
     model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.Train(
-            sentence_iterator=chain([first], blocks),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            byte_fallback=True,
-            character_coverage=0.9995,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            add_dummy_prefix=False,
-            allow_whitespace_only_pieces=True,
-            split_digits=True,
-            unk_id=0,
-            bos_id=1,
-            eos_id=2,
-            pad_id=3,
-            max_sentence_length=8 * _BLOCK_CHARACTERS,
-            num_threads=1,  # the number is stored in the model, whose bytes shall not depend on the machine
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise UserError(
-            f"no tokenizer with {vocab_size} pieces can be trained on this text ({reason}); change the vocabulary size"
-        ) from None
-    with atomic_write(path) as stream:
-        stream.write(model.getvalue())
-    return SentencePiece(path)
+    sentencepiece.SentencePieceTrainer.Train(
+        sentence_iterator=iter(blocks),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=vocab_size,
+        byte_fallback=True,
+        character_coverage=coverage,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=False,
+        allow_whitespace_only_pieces=True,
+        split_digits=True,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=3,
+        max_sentence_length=8 * _BLOCK_CHARACTERS,
+        num_threads=1,  # the number is stored in the model, whose bytes shall not depend on the machine
+        minloglevel=2,
+    )
+    return model.getvalue()
 
 
 def _blocks(texts: Iterable[str], max_characters: int) -> Iterator[str]:

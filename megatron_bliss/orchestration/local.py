@@ -38,12 +38,17 @@ def module_launcher(num_ranks: int) -> list[str]:
     return [*torchrun, "-m", "--"]  # without the last, it takes the module's --run for an option of its own
 
 
-def stage_environment(launch: LaunchConfig, num_ranks: int) -> dict[str, str]:
+def stage_environment(launch: LaunchConfig, num_ranks: int, is_model_parallel: bool = False) -> dict[str, str]:
     """This process's environment with the CPU's cores shared out among ranks; an OMP_NUM_THREADS of the user's own is
-    kept unless `launch.threads` is set."""
+    kept unless `launch.threads` is set.
+
+    :param is_model_parallel: tensor or context parallelism, which need kernels to be started in order on GPUs before
+        Blackwell; a CUDA_DEVICE_MAX_CONNECTIONS of the user's own is kept.
+    """
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     shared = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // (launch.concurrency * num_ranks)))
-    return dict(os.environ) | {"OMP_NUM_THREADS": str(launch.threads or shared)}
+    in_order = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"} if is_model_parallel else {}
+    return in_order | dict(os.environ) | {"OMP_NUM_THREADS": str(launch.threads or shared)}
 
 
 def run(
@@ -65,7 +70,7 @@ def run(
         state.prepare(config, run_dir)
         stages = plan(config, run_dir)
         with view(console, run_dir) as shown, _signals() as received:
-            work = _Work(run_dir, config.launch, list(stages), shown, command)
+            work = _Work(run_dir, config, list(stages), shown, command)
             try:
                 while work.advance():
                     if received:
@@ -83,7 +88,7 @@ class _Work:
     """The stages that are waiting, running and done."""
 
     run_dir: Path
-    launch: LaunchConfig
+    config: RunConfig
     waiting: list[Stage]
     shown: View
     command: Callable[[Stage], list[str]]
@@ -114,7 +119,7 @@ class _Work:
         while found:  # a stage that turns out to be done may make others ready
             found = False
             for stage in list(self.waiting):
-                if len(self.running) >= self.launch.concurrency:
+                if len(self.running) >= self.config.launch.concurrency:
                     return
                 if self.done.issuperset(stage.needs):
                     self.waiting.remove(stage)
@@ -134,7 +139,7 @@ class _Work:
             offset = stream.tell()
             stream.write(f"# {time.strftime('%Y-%m-%d %H:%M:%S')}: {' '.join(words)}\n")
         inputs = state.digests(self.run_dir, stage.inputs)
-        surroundings = stage_environment(self.launch, stage.num_ranks)
+        surroundings = stage_environment(self.config.launch, stage.num_ranks, self.config.is_model_parallel)
         process = processes.start(words, log, surroundings, self.run_dir, stage.name)
         self.running[stage.name] = stage, process
         self.num_started += 1
