@@ -1,5 +1,6 @@
 """Megatron's real trainer on a CPU: parallel layouts, resume, a user's own script, and the stages of a run."""
 
+import os
 import re
 import shutil
 import time
@@ -141,7 +142,9 @@ def test_a_killed_round_resumes_to_the_same_numbers(
         time.sleep(0.002)
     process.kill()
     assert finish([process], 10) == [-9]
-    # as if the kill had come while Megatron named its newest checkpoint
+    # as if the kill had come while Megatron wrote an index, and while it named its newest checkpoint
+    for index in again.index_cache.glob("*-shuffle_index.npy"):
+        os.truncate(index, index.stat().st_size // 2)
     (again.target / "latest_checkpointed_iteration.txt").write_text("")
 
     text = run("megatron_bliss.cli", command, tmp_path / "resumed.log")
@@ -163,6 +166,13 @@ def saved_tensors(directory: Path) -> dict[str, torch.Tensor]:
     }
     load(state, storage_reader=reader, no_dist=True)
     return state
+
+
+def test_a_round_is_not_continued_on_another_selection(trained: tuple[RunPaths, RunConfig, dict[int, str]]) -> None:
+    paths, _, _ = trained
+    stage._remember_selection(paths.target, 1, paths.selection(1))
+    with pytest.raises(UserError, match="is not the selection that round 1 of .* was begun with"):
+        stage._remember_selection(paths.target, 1, paths.warmup_selection)
 
 
 def test_a_finished_round_is_left_alone(

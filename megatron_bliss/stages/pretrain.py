@@ -9,6 +9,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from megatron_bliss.artifacts import RunPaths, atomic_write, read_json, write_json
 from megatron_bliss.config import RunConfig, read_saved_config, warmup_run
 from megatron_bliss.data.selection import Selection
@@ -63,7 +65,8 @@ def decay_branch(run_dir: Path, round_number: int) -> Path:
     if resumed != end:
         fresh = paths.evaluation(round_number) / "start"
         load = save if resumed is not None else _branching_point(trunk, start, fresh)
-        files = Files(_data_file(save), paths.index_cache, save, load)
+        # with an index cache of its own, as the next round may be using the run's
+        files = Files(_data_file(save), paths.evaluation(round_number) / "index-cache", save, load)
         _train(config, selection, files, decay_arguments(config, round_number, files), end)
     return iteration_path(save, end)
 
@@ -106,6 +109,7 @@ def _train(config: RunConfig, selection: Path, files: Files, arguments: Sequence
         with atomic_write(files.data, "w") as stream:
             json.dump(blends, stream, indent=1)
         mend_latest(files.save)
+        _mend_index_cache(files.index_cache)
     try:
         run_script(Path(config.target.script or PACKAGED_SCRIPT), arguments, selection)
     except SystemExit as ended:  # how Megatron ends at a transition
@@ -114,6 +118,15 @@ def _train(config: RunConfig, selection: Path, files: Files, arguments: Sequence
     reached = read_iteration(files.save)
     if reached is None or reached < end:
         raise SystemExit(f"Megatron stopped at iteration {reached} of {end}; run the stage again to go on")
+
+
+def _mend_index_cache(directory: Path) -> None:
+    """Remove what a kill left half-written: Megatron takes an index that is there for whole."""
+    for path in directory.glob("*.npy"):
+        try:
+            np.load(path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError):
+            path.unlink()
 
 
 def _is_first() -> bool:
