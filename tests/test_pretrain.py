@@ -171,7 +171,7 @@ def saved_tensors(directory: Path) -> dict[str, torch.Tensor]:
 def test_a_round_is_not_continued_on_another_selection(trained: tuple[RunPaths, RunConfig, dict[int, str]]) -> None:
     paths, _, _ = trained
     stage._remember_selection(paths.target, 1, paths.selection(1))
-    with pytest.raises(UserError, match="is not the selection that round 1 of .* was begun with"):
+    with pytest.raises(UserError, match=r"is not the selection that round 1 of .* was begun with"):
         stage._remember_selection(paths.target, 1, paths.warmup_selection)
 
 
