@@ -21,7 +21,7 @@ from megatron_bliss.config import ControlConfig, LaunchConfig, RunConfig, save_c
 from megatron_bliss.errors import StageError, UserError
 from megatron_bliss.orchestration import local, state
 from megatron_bliss.orchestration.logs import Pace, user_error
-from megatron_bliss.orchestration.plan import arms, plan
+from megatron_bliss.orchestration.plan import arms, by_urgency, plan
 from megatron_bliss.orchestration.processes import RUN_VARIABLE
 from megatron_bliss.progress import Reading
 from tests.fake_run import fake_command, fake_config, journal
@@ -345,6 +345,15 @@ def test_two_launchers_do_not_share_a_run(tmp_path: Path, behaviour: dict[str, A
     finally:
         process.terminate()
         process.communicate(timeout=20)
+
+
+def test_the_longest_chain_is_started_first(tmp_path: Path) -> None:
+    stages = plan(fake_config(), tmp_path)
+    order = [stage.name for stage in by_urgency(stages)]
+    assert sorted(order) == sorted(stage.name for stage in stages)
+    assert order.index("round-0002/bilevel") < order.index("round-0001/evaluate")
+    for stage in stages:
+        assert all(order.index(name) < order.index(stage.name) for name in stage.needs)
 
 
 def test_cores_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from megatron_bliss.config import LaunchConfig, RunConfig
 from megatron_bliss.errors import StageError, UserError
 from megatron_bliss.orchestration import logs, processes, state
 from megatron_bliss.orchestration.display import View, view
-from megatron_bliss.orchestration.plan import Stage, plan
+from megatron_bliss.orchestration.plan import Stage, by_urgency, plan
 
 _POLL_INTERVAL = 0.1  # seconds
 _ERROR_LINES = 20  # of a failed stage's log
@@ -70,7 +70,7 @@ def run(
         state.prepare(config, run_dir)
         stages = plan(config, run_dir)
         with view(console, run_dir) as shown, _signals() as received:
-            work = _Work(run_dir, config, list(stages), shown, command)
+            work = _Work(run_dir, config, by_urgency(stages), shown, command)
             try:
                 while work.advance():
                     if received:

@@ -4,6 +4,7 @@ Only real data dependencies are drawn, so a launcher may run side by side whatev
 the warm-up of the proxy and of the target, the evaluation of one round and the bilevel loop of the next.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -205,3 +206,13 @@ def _report(arm: Arm, evaluations: list[Stage]) -> Stage:
         inputs=tuple(path for stage in evaluations for path in stage.outputs),
         outputs=(arm.paths.report, root / "result.json"),
     )
+
+
+def by_urgency(stages: Sequence[Stage]) -> list[Stage]:
+    """The stages in the order to start them in as far as they can be: those with the longest chain behind them first,
+    so that no chain is left over at the end while other processors stand idle."""
+    chains = {stage.name: 0 for stage in stages}
+    for stage in reversed(stages):  # a plan names a stage after what it needs
+        for name in stage.needs:
+            chains[name] = max(chains[name], chains[stage.name] + 1)
+    return sorted(stages, key=lambda stage: -chains[stage.name])
