@@ -37,9 +37,8 @@ def demo(
     """The whole method on text this machine already has, or on yours; ends in a table and report.html."""
     from megatron_bliss import demo as demonstration
 
-    demonstration.run(
-        demonstration.Experiment(pool, validation, test, target_domain, seed, tuple(arms.split(",")), out)
-    )
+    names = tuple(arm.strip() for arm in arms.split(","))
+    demonstration.run(demonstration.Experiment(pool, validation, test, target_domain, seed, names, out))
 
 
 @app.command()

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from megatron_bliss import config as settings
-from megatron_bliss.artifacts import write_json
+from megatron_bliss.artifacts import RunPaths, read_json, run_lock, write_json
 from megatron_bliss.data import demo_corpus, experiment_corpus
 from megatron_bliss.errors import UserError
 from megatron_bliss.orchestration import local
@@ -34,6 +34,7 @@ _CONTROLS = {
     ),
 }
 ARMS = ("bliss", *_CONTROLS)
+_CLAIM = "demo.json"  # which experiment a directory is for
 
 
 @dataclass(frozen=True)
@@ -50,34 +51,40 @@ class Experiment:
 
 
 def run(experiment: Experiment) -> None:
-    """Prepare the corpus, run all arms, write `result.json` and `report.html`, print the table.
+    """Prepare the corpus, run all arms, write `result.json` and `report.html`, print the tables. Called again, it does
+    what is missing.
 
-    :raises UserError: for options that do not fit together.
+    :raises UserError: for options that do not fit together, or a directory that holds another experiment.
     """
     began = time.monotonic()
     _check(experiment)
-    console = Console()
-    out = experiment.out
-    texts, target_domain = _texts(experiment, out)
-    prefixes = experiment_corpus.prepare(
-        texts.pool,
-        texts.validation,
-        texts.test,
-        out / "corpus",
-        vocab_size=VOCAB_SIZE,
-        cut=SEQUENCE_LENGTH,
-        seed=experiment.seed,
-        num_workers=NUM_CORES,
-    )
-    config = experiment_config(experiment, prefixes)
-    local.run(config, out)
-    result = demo_result(out, seed=experiment.seed, target_domain=target_domain, wall_s=time.monotonic() - began)
-    write_json(out / "result.json", result)
-    page.write(out)
+    out, console = experiment.out, Console()
+    with run_lock(out / "demo.lock"):
+        seconds_before = _claim(experiment)
+        texts = _texts(experiment)
+        corpus = experiment_corpus.prepare(
+            texts.pool,
+            texts.validation,
+            texts.test,
+            out / "corpus",
+            vocab_size=VOCAB_SIZE,
+            cut=SEQUENCE_LENGTH,
+            seed=experiment.seed,
+            num_workers=NUM_CORES,
+            is_in_use=RunPaths(out).config.exists(),
+        )
+        if texts.target_domain not in (None, *corpus.pool):
+            raise UserError(f"--target-domain is {texts.target_domain!r}; the pool has {', '.join(corpus.pool)}")
+        local.run(experiment_config(experiment, corpus), out)
+        seconds = seconds_before + time.monotonic() - began
+        write_json(out / _CLAIM, _claimed(experiment) | {"wall_s": seconds})
+        result = demo_result(out, seed=experiment.seed, target_domain=texts.target_domain, wall_s=seconds)
+        write_json(out / "result.json", result)
+        page.write(out)
     for table in (result_table(result), domain_table(result)):
         console.print(table)
     print(f"{out / 'report.html'} shows the curves and what was kept.")
-    print(f"{out / 'result.json'} has the numbers. It took {result['wall_s'] / 60:.1f} minutes.")
+    print(f"{out / 'result.json'} has the numbers. It took {seconds / 60:.1f} minutes.")
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,7 @@ class _Texts:
     pool: Path
     validation: Path
     test: Path
+    target_domain: str | None
 
 
 def _check(experiment: Experiment) -> None:
@@ -93,22 +101,45 @@ def _check(experiment: Experiment) -> None:
         raise UserError(
             "--pool, --validation and --test belong together: give all three, or none for the built-in text"
         )
-    unknown = [arm for arm in experiment.arms if arm not in ARMS]
-    if unknown or "bliss" not in experiment.arms or "random" not in experiment.arms:
+    arms = experiment.arms
+    if set(arms) - set(ARMS) or not {"bliss", "random"} <= set(arms) or len(set(arms)) < len(arms):
+        raise UserError(f"--arms is {','.join(arms)}; name bliss and random, each once, and if wanted {ARMS[2]}")
+
+
+def _claimed(experiment: Experiment) -> dict[str, Any]:
+    """What makes two calls the same experiment."""
+    sources = [experiment.pool, experiment.validation, experiment.test]
+    return {
+        "schema": 1,
+        "seed": experiment.seed,
+        "arms": list(experiment.arms),
+        "texts": [str(path.resolve()) if path else "built-in" for path in sources],
+    }
+
+
+def _claim(experiment: Experiment) -> float:
+    """Note which experiment the directory is for; returns the seconds that earlier calls of it took.
+
+    :raises UserError: if it is another one's: nothing of that may be overwritten.
+    """
+    path, ours = experiment.out / _CLAIM, _claimed(experiment)
+    known = read_json(path) if path.exists() else ours | {"wall_s": 0.0}
+    changed = [f"{key} {known[key]} -> {value}" for key, value in ours.items() if known[key] != value]
+    if changed:
         raise UserError(
-            f"--arms is {','.join(experiment.arms)}; name bliss and random, and if wanted {', '.join(ARMS[2:])}"
+            f"{experiment.out} holds another experiment ({'; '.join(changed)}); give a directory of its own with --out"
         )
+    write_json(path, known)
+    return float(known["wall_s"])
 
 
-def _texts(experiment: Experiment, out: Path) -> tuple[_Texts, str | None]:
+def _texts(experiment: Experiment) -> _Texts:
     if experiment.pool and experiment.validation and experiment.test:
-        return _Texts(experiment.pool, experiment.validation, experiment.test), experiment.target_domain
-    texts = out / "corpus" / "text"
+        return _Texts(experiment.pool, experiment.validation, experiment.test, experiment.target_domain)
+    texts = experiment.out / "corpus" / "text"
     demo_corpus.build(texts, seed=experiment.seed)
-    return (
-        _Texts(texts / "pool", texts / "validation.jsonl", texts / "test.jsonl"),
-        experiment.target_domain or demo_corpus.TARGET_DOMAIN,
-    )
+    target = experiment.target_domain or demo_corpus.TARGET_DOMAIN
+    return _Texts(texts / "pool", texts / "validation.jsonl", texts / "test.jsonl", target)
 
 
 def experiment_config(experiment: Experiment, corpus: experiment_corpus.Prepared) -> settings.RunConfig:
@@ -154,15 +185,22 @@ def result_table(result: dict[str, Any]) -> Table:
     title = f"Seed {result['seed']}: every arm after {result['iteration']} steps"
     table = Table("arm", "test loss", "tokens", "selection FLOPs", "training FLOPs", title=title)
     for name, arm in result["arms"].items():
-        flops = (f"{arm[kind]:.1e}" for kind in ("selection_flops", "train_flops"))
-        table.add_row(name, f"{arm['test_loss']:.3f}", f"{arm['tokens'] / 1e6:.2f} M", *flops)
-    bound = "more than " if result["speedup_is_lower_bound"] else ""
-    auc = result["auc_target_domain"]
-    table.caption = (
-        f"random needs {bound}{result['speedup_over_random']:.1f} times the steps of BLISS for BLISS's test loss"
-        + (f"; AUC of the target domain {auc:.2f}" if auc is not None else "")
-    )
+        flops = (_number(arm[kind], ".1e") for kind in ("selection_flops", "train_flops"))
+        table.add_row(name, _number(arm["test_loss"], ".3f"), f"{arm['tokens'] / 1e6:.2f} M", *flops)
+    captions = []
+    if result["speedup_over_random"] is not None:
+        bound = "more than " if result["speedup_is_lower_bound"] else ""
+        captions.append(
+            f"random needs {bound}{result['speedup_over_random']:.1f} times the steps of BLISS for its loss"
+        )
+    if result["auc_target_domain"] is not None:
+        captions.append(f"AUC of the target domain {result['auc_target_domain']:.2f}")
+    table.caption = "; ".join(captions)
     return table
+
+
+def _number(value: float | None, style: str) -> str:
+    return "–" if value is None else format(value, style)
 
 
 def domain_table(result: dict[str, Any]) -> Table:
@@ -171,5 +209,5 @@ def domain_table(result: dict[str, Any]) -> Table:
     table = Table("domain", *(Column(name, justify="right") for name in arms), title="Loss by domain")
     for domain in sorted(next(iter(arms.values()))["domain_loss"]):
         losses = [arm["domain_loss"][domain] for arm in arms.values()]
-        table.add_row(domain, *("–" if loss is None else f"{loss:.2f}" for loss in losses))
+        table.add_row(domain, *(_number(loss, ".2f") for loss in losses))
     return table

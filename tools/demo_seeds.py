@@ -18,8 +18,7 @@ def main() -> None:
     results = []
     for seed in arguments.seeds:
         folder = arguments.out / f"seed-{seed}"
-        if not (folder / "result.json").exists():
-            run(Experiment(seed=seed, out=folder))
+        run(Experiment(seed=seed, out=folder))
         results.append(json.loads((folder / "result.json").read_text()))
     speedups = [result["speedup_over_random"] for result in results]
     summary = {

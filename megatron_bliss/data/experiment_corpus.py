@@ -39,7 +39,7 @@ class Prepared:
 
 def prepare(
     pool: Path, validation: Path, test: Path, out: Path,
-    *, vocab_size: int, cut: int, seed: int, num_workers: int = 1,
+    *, vocab_size: int, cut: int, seed: int, num_workers: int = 1, is_in_use: bool = False,
 ) -> Prepared:  # fmt: skip
     """Read `NAME.jsonl` a domain from the directory `pool`, drop near-duplicates, and write everything below `out`.
 
@@ -48,6 +48,7 @@ def prepare(
     if its digests say that it is the same.
 
     :param cut: tokens a sequence at most.
+    :param is_in_use: a run was started on what is there, so it must not be made anew.
     :raises UserError: for a bad line, an empty pool, or a set of which nothing is left.
     """
     out = Path(out).absolute()
@@ -58,6 +59,8 @@ def prepare(
     if done := _finished(record, inputs):
         print(f"[corpus] {out} is complete", flush=True)
         return done
+    if is_in_use:
+        raise UserError(f"{out} was made of other text than there is now; put that back, or start anew elsewhere")
     pool_texts, held_out = _without_duplicates(domains, [Path(test), Path(validation)], seed)
     corpora = [corpus_from_texts(name, texts) for name, texts in pool_texts.items()]
     model = out / "tokenizer.model"
@@ -82,7 +85,10 @@ def _train_tokenizer(corpora: list[Corpus], path: Path, vocab_size: int) -> Toke
             return train_sentencepiece(_sample(corpora), path, vocab_size)
         except UserError:
             if vocab_size // 2 < _SMALLEST_VOCABULARY:
-                raise
+                num_bytes = sum(corpus.num_bytes for corpus in corpora)
+                raise UserError(
+                    f"the pool has {num_bytes / 1e3:.0f} kB of text, too little for a tokenizer; give 100 kB or more"
+                ) from None
             vocab_size //= 2
             print(f"[corpus] there is little text: the tokenizer gets {vocab_size} pieces", flush=True)
 
