@@ -62,7 +62,12 @@ def training_arguments(config: RunConfig, files: Files) -> list[str]:
 
 
 def decay_arguments(config: RunConfig, round_number: int, files: Files) -> list[str]:
-    """For the decay branch after a round: it goes on through the round's data while the learning rate falls."""
+    """For the decay branch after a round: it trains on the round's selection while the learning rate falls.
+
+    It goes on where the round stopped in that data only if the branch's steps need no further epoch of any domain's
+    selection beyond those that the round alone needs: Megatron shuffles all epochs of a phase at once, so with more of
+    them the branch sees the same selection in another order, sequences that the round has just seen among them.
+    """
     start = config.round_end(round_number)
     starts_of_phases = [config.round_end(number) for number in range(round_number)]
     steps = config.evaluation.decay_steps
