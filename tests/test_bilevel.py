@@ -118,6 +118,18 @@ def test_finite_differences_share_gradient_and_derivatives(lower: ToyLower) -> N
     assert relative_error(evaluation.derivatives, sample_gradients(lower, pool) @ flat(z)) < 1e-7
 
 
+def test_the_gradient_of_a_bfloat16_model_is_not_taken_from_the_displaced_points() -> None:
+    lower = ToyLower(D, C, width=5, dtype=torch.bfloat16)
+    pool, _, _, weights = parts()
+    problem = Pool(lower, [Samples(pool.x.bfloat16(), pool.y, pool.total)], [weights.float()], RIDGE)
+    z = unflat(torch.randn(int(lower.space.numel())), lower.space)
+    evaluation = FiniteDifference().evaluate(problem, z)
+    gradient, losses, kl = problem.gradient()
+    assert torch.equal(flat(evaluation.gradient), flat(gradient))
+    assert torch.equal(evaluation.losses, losses)
+    assert torch.equal(evaluation.kl, kl)
+
+
 def test_float32_finite_differences_on_a_trained_model() -> None:
     """What the issue asks of float32: within 1e-3 of exact."""
     exact_lower, lower = ToyLower(D, C, width=5), ToyLower(D, C, width=5, dtype=torch.float32)

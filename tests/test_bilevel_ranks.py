@@ -72,8 +72,9 @@ def test_bfloat16_parameters_with_float32_masters(one: dict[str, Any]) -> None:
     half = one["bf16"]
     assert half["dtypes"] == {"torch.bfloat16"}
     assert half["same"]
-    # eight bits of mantissa; the product is a difference of gradients that are rounded to them
-    for name, tolerance in (("derivatives", 0.1), ("product", 0.35)):
+    # Measured: 0.069 and 0.237. Rounding to eight bits asks for a step of 0.8 % of ‖θ‖, and that step's truncation is
+    # nearly all of it: the float32 model is 0.064 and 0.234 off at the same step.
+    for name, tolerance in (("derivatives", 0.075), ("product", 0.26)):
         found, expected = half[name]
         assert distance(found, expected) < tolerance, name
 
