@@ -24,7 +24,7 @@ VOCAB_SIZE = 2048
 SEQUENCE_LENGTH = 128  # tokens
 NUM_CORES = 2  # the demo is planned for two cores, and gives the same numbers on any machine
 ROUNDS = 2
-ROUND_STEPS = 160  # of the LLM
+ROUND_STEPS = 150  # of the LLM
 RANDOM_FACTOR = 3.0  # the random arm goes on this much longer, so that the speed-up is read off a real curve
 
 _CONTROLS = {
@@ -155,7 +155,7 @@ def experiment_config(experiment: Experiment, corpus: experiment_corpus.Prepared
             test=corpus.test,
             tokenizer=settings.TokenizerConfig(model=corpus.tokenizer, vocab_size=corpus.vocab_size),
             sequence_length=SEQUENCE_LENGTH,
-            held_out=32,
+            held_out=28,
         ),
         target=settings.TargetConfig(
             model=settings.ModelConfig(preset="small"),
@@ -164,17 +164,17 @@ def experiment_config(experiment: Experiment, corpus: experiment_corpus.Prepared
             lr=2e-3,
             min_lr=2e-5,
             lr_warmup_steps=40,
-            save_interval=80,
+            save_interval=75,
         ),
         proxy=settings.ProxyConfig(model=settings.ModelConfig(preset="tiny")),
         warmup=settings.WarmupConfig(
-            fraction=0.25, target_steps=320, proxy_steps=220, proxy_batch_size=32, proxy_lr=3e-3
+            fraction=0.25, target_steps=300, proxy_steps=200, proxy_batch_size=32, proxy_lr=3e-3
         ),
         bilevel=settings.BilevelConfig(
-            outer_steps=50, micro_batch_size=32, lr_proxy=1e-3, lr_score=3e-4, checkpoint_interval=25
+            outer_steps=60, micro_batch_size=32, lr_proxy=1e-3, lr_score=1e-3, checkpoint_interval=20
         ),
         scoring=settings.ScoringConfig(batch_tokens=4096, chunk_sequences=4096),
-        evaluation=settings.EvaluationConfig(decay_steps=24, max_sequences=200, curve=True),
+        evaluation=settings.EvaluationConfig(decay_steps=24, max_sequences=160, curve=True),
         launch=settings.LaunchConfig(concurrency=NUM_CORES, threads=1),
         controls=[_CONTROLS[arm] for arm in experiment.arms if arm in _CONTROLS],
     )  # fmt: skip
