@@ -4,16 +4,17 @@ The defaults are the recipe of the BLISS paper (arXiv 2510.06048) for a 410M mod
 Sizes are in sequences, steps or tokens as each line says.
 """
 
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml  # type: ignore[import-untyped]  # omegaconf reads with it
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megatron_bliss.artifacts import RunPaths, atomic_write
 from megatron_bliss.errors import UserError
+from megatron_bliss.settings_check import check
 
 
 @dataclass
@@ -223,112 +224,56 @@ class RunConfig:
         return self.warmup.target_steps + round_number * self.round_steps
 
 
-METHODS = ("bliss", "perplexity", "random")
-
-_CHOICES = {
-    "method": METHODS,
-    "bilevel.preset": tuple(BILEVEL_PRESETS),
-    "bilevel.kl_direction": ("target_proxy", "proxy_target"),
-    "bilevel.weights": ("softmax", "naive"),
-    "bilevel.curvature": ("none", "finite-difference", "exact"),
-    "bilevel.solver": ("averaged", "paper"),
-    "perplexity.keep": ("low", "middle", "high"),
-    "selection.blend": ("pool", "keep", "score"),
-}
-_POSITIVE = [
-    "rounds",
-    "round_steps",
-    "data.sequence_length",
-    "target.global_batch_size",
-    "target.micro_batch_size",
-    "target.lr",
-    "target.save_interval",
-    "target.log_interval",
-    "target.tensor_parallel",
-    "target.pipeline_parallel",
-    "target.context_parallel",
-    "proxy.tensor_parallel",
-    "warmup.proxy_batch_size",
-    "bilevel.outer_steps",
-    "bilevel.inner_steps",
-    "bilevel.batch_size",
-    "bilevel.validation_batch_size",
-    "bilevel.micro_batch_size",
-    "bilevel.z_steps",
-    "bilevel.checkpoint_interval",
-    "scoring.batch_tokens",
-    "scoring.chunk_sequences",
-    "evaluation.max_sequences",
-    "launch.nproc_per_node",
-    "launch.concurrency",
-]
-_FRACTIONS = ("warmup.fraction", "selection.fraction")
-
-
 def load_config(path: Path | None, overrides: list[str]) -> RunConfig:
     """Read YAML (or start from the defaults), apply the preset, then `key=value` overrides, and check everything.
 
-    :raises UserError: for an unknown key, a value of the wrong type, or one that cannot work.
+    :raises UserError: for a file that is not YAML settings, an unknown key, a value of the wrong type, or one that
+        cannot work.
     """
+    given = _read(path) if path else OmegaConf.create()
+    for word in overrides:
+        if not word.partition("=")[0] or "=" not in word:
+            raise UserError(f"{word!r} is not a setting: write key=value, for example bilevel.gamma=0")
     try:
-        given: Any = OmegaConf.load(path) if path else OmegaConf.create()
-        for word in overrides:
-            if "=" not in word:
-                raise UserError(f"{word!r} is not a setting: write key=value, for example bilevel.gamma=0")
         given = OmegaConf.merge(given, OmegaConf.from_dotlist(overrides))
-        preset = OmegaConf.select(given, "bilevel.preset") or "default"
+        preset = str(OmegaConf.select(given, "bilevel.preset") or "default")
         settings = OmegaConf.create({"bilevel": BILEVEL_PRESETS.get(preset, {})})
-        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), settings, given)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; give the path of a run's YAML settings") from None
+        return _checked(OmegaConf.merge(OmegaConf.structured(RunConfig), settings, given))
     except OmegaConfBaseException as error:
         where = ": ".join(str(part) for part in (path, error.full_key) if part)
-        raise UserError(f"{where}: {str(error).splitlines()[0]}" if where else str(error)) from None
-    return _checked(merged)
+        raise UserError(f"{where}: {str(error).splitlines()[0]}" if where else str(error).splitlines()[0]) from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{' '.join(overrides)}: {_line(error)}; write each setting as key=value") from None
+
+
+def _read(path: Path) -> Any:
+    """What a YAML file says, nothing of it checked.
+
+    :raises UserError: if it cannot be read, or is not a mapping.
+    """
+    try:
+        given = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; give the path of a run's YAML settings") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read as YAML settings: {_line(error)}") from None
+    if not isinstance(given, DictConfig):
+        raise UserError(f"{path} holds a list; settings are written as key: value")
+    return given
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _checked(merged: Any) -> RunConfig:
-    missing = sorted(OmegaConf.missing_keys(merged))
-    if missing:
-        raise UserError(f"settings without a value: {', '.join(missing)}; give them in the YAML file or as key=value")
-    for key, choices in _CHOICES.items():
-        value = OmegaConf.select(merged, key)
-        if value not in choices:
-            raise UserError(f"{key} is {value!r}; it must be one of {', '.join(choices)}")
-    for key in _POSITIVE:
-        if not (value := OmegaConf.select(merged, key)) > 0:
-            raise UserError(f"{key} is {value}; it must be above 0")
-    for key in _FRACTIONS:
-        if not 0 < (value := OmegaConf.select(merged, key)) <= 1:
-            raise UserError(f"{key} is {value}; it must be above 0 and at most 1")
+    check(merged)
     config: RunConfig = OmegaConf.to_object(merged)  # type: ignore[assignment]
-    names = [domain.name for domain in config.data.pool]
-    if not names:
-        raise UserError("data.pool is empty; list at least one domain with its shard prefixes")
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"data.pool names domain {name!r} twice; domains need names of their own")
-    for domain in config.data.pool:
-        if not domain.prefixes:
-            raise UserError(f"data.pool: domain {domain.name!r} has no prefixes; list its shards")
-        if domain.weight is not None and not domain.weight > 0:
-            raise UserError(f"data.pool: domain {domain.name!r} has weight {domain.weight}; it must be above 0")
-    if len({domain.weight is None for domain in config.data.pool}) > 1:
-        raise UserError("data.pool gives a weight to some domains only; weigh all of them or none")
-    names = [config.method, *(control.name for control in config.controls)]
     for control in config.controls:
-        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", control.name) or names.count(control.name) > 1:
-            raise UserError(
-                f"controls: {control.name!r} names a directory and a line of the report, so it must be of letters, "
-                "digits, _ . - and used once, and not be the method of the main arm"
-            )
-        if control.method not in METHODS:
-            raise UserError(f"controls: {control.name!r} has method {control.method!r}; known: {', '.join(METHODS)}")
-        if control.steps_factor * config.selection.fraction > 1:
-            raise UserError(
-                f"controls: {control.name!r} needs {control.steps_factor} times {config.selection.fraction} of a "
-                "slice, which is more than all of it; lower steps_factor or selection.fraction"
-            )
+        try:
+            check(OmegaConf.structured(control_config(config, control, Path())))
+        except UserError as error:
+            raise UserError(f"controls: {control.name!r}: {error}") from None
     return config
 
 
@@ -363,10 +308,10 @@ def read_saved_config(path: Path) -> RunConfig:
 
     :raises UserError: if the file is missing or damaged.
     """
+    if not path.exists():
+        raise UserError(f"{path} does not exist; give a directory that `megatron-bliss run` has made")
     try:
-        return _checked(OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(path)))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; give a directory that `megatron-bliss run` has made") from None
+        return _checked(OmegaConf.merge(OmegaConf.structured(RunConfig), _read(path)))
     except OmegaConfBaseException as error:
         raise UserError(f"{path}: {str(error).splitlines()[0]}; restore the file, or start a new run") from None
 

@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "megatron_bliss"
 # From the bottom up. Whatever stands in the package and is not listed here (cli.py, hooks.py, ...) is at the top.
 LAYERS = [
     ("errors",),
-    ("artifacts",),
+    ("artifacts", "settings_check"),
     ("config", "progress"),
     ("data",),
     ("bilevel",),

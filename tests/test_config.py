@@ -51,12 +51,54 @@ def test_paper_preset_sets_the_authors_solver_and_user_settings_win() -> None:
         ("data.pool=[{name: a, prefixes: [x]}, {name: a, prefixes: [y]}]", "twice"),
         ("data.pool=[{name: a, prefixes: [x], weight: 1}, {name: b, prefixes: [y]}]", "some domains only"),
         ("controls=[{name: r, method: random, steps_factor: 9}]", "more than all of it"),
+        ("controls=[{name: r, steps_factor: 0}]", "steps_factor 0.0; it must be above 0"),
+        ("controls=[{name: r, perplexity: {keep: best}}]", "'r': perplexity.keep is 'best'"),
+        ("controls=[{name: r, steps_factor: 0.00001}]", "'r': round_steps is 0"),
+        ("controls=[{name: r}, {name: r}]", "used once"),
+        ("warmup.target_steps=-1", "warmup.target_steps is -1; it must not be below 0"),
+        ("evaluation.decay_steps=-1", "evaluation.decay_steps is -1"),
+        ("data.held_out=-1", "data.held_out is -1"),
+        ("data.tokenizer.vocab_size=0", "data.tokenizer.vocab_size is 0"),
+        ("proxy.model.num_layers=-2", "proxy.model.num_layers is -2"),
+        ("bilevel.gradient_average=1", "bilevel.gradient_average is 1.0; it must be at least 0 and below 1"),
+        ("data.pool=[{name: a/b, prefixes: [x]}]", "'a/b'"),
+        ("data.pool=[{name: '', prefixes: [x]}]", "is not empty"),
+        ("bilevel.preset=[1]", "bilevel.preset"),
+        ("bilevel=3", "BilevelConfig"),
+        ("method=[", "method="),
+        ("method=${nowhere}", "nowhere"),
+        ("=1", "key=value"),
         ("rounds", "key=value"),
     ],
 )
 def test_a_wrong_setting_is_named(override: str, words: str) -> None:
     with pytest.raises(UserError, match=r".*".join(words.split("…"))):
         load(override)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"rounds: [1\nmethod: }", "cannot be read as YAML settings"),
+        (b"- rounds\n- 3\n", "holds a list"),
+        (b"3", "cannot be read as YAML settings"),
+        (b"method: \xff\xfe\n", "cannot be read as YAML settings"),
+        (None, "cannot be read as YAML settings"),  # a directory
+    ],
+)
+def test_a_file_that_is_no_settings_is_refused_in_one_sentence(
+    tmp_path: Path, content: bytes | None, words: str
+) -> None:
+    path = tmp_path / "run.yaml"
+    if content is None:
+        path.mkdir()
+    else:
+        path.write_bytes(content)
+    for read in (settings.read_saved_config, lambda path: settings.load_config(path, NEEDED)):
+        with pytest.raises(UserError, match=words) as caught:
+            read(path)
+        assert str(path) in str(caught.value)
+        assert "\n" not in str(caught.value)
 
 
 def test_missing_values_are_listed() -> None:

@@ -6,7 +6,7 @@ from megatron_bliss.methods.random import Random
 
 
 def offline_method(config: RunConfig) -> OfflineMethod:
-    """The method a run selects by; `config.METHODS` lists the names."""
+    """The method a run selects by; `settings_check.METHODS` lists the names."""
     if config.method == "bliss":
         return Bliss()
     if config.method == "perplexity":

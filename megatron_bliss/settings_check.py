@@ -1,0 +1,122 @@
+"""Which values a setting may have, and which go together: what can be said without models, ranks or files.
+
+`orchestration/check.py` says the rest, before a run is started.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from megatron_bliss.errors import UserError
+
+METHODS = ("bliss", "perplexity", "random")
+
+_CHOICES = {
+    "method": METHODS,
+    "bilevel.preset": ("default", "paper"),
+    "bilevel.kl_direction": ("target_proxy", "proxy_target"),
+    "bilevel.weights": ("softmax", "naive"),
+    "bilevel.curvature": ("none", "finite-difference", "exact"),
+    "bilevel.solver": ("averaged", "paper"),
+    "perplexity.keep": ("low", "middle", "high"),
+    "selection.blend": ("pool", "keep", "score"),
+}
+_POSITIVE = (
+    "rounds",
+    "round_steps",
+    "data.sequence_length",
+    "data.tokenizer.vocab_size",
+    "target.global_batch_size",
+    "target.micro_batch_size",
+    "target.lr",
+    "target.save_interval",
+    "target.log_interval",
+    "target.tensor_parallel",
+    "target.pipeline_parallel",
+    "target.context_parallel",
+    "proxy.tensor_parallel",
+    "warmup.proxy_batch_size",
+    "bilevel.outer_steps",
+    "bilevel.inner_steps",
+    "bilevel.batch_size",
+    "bilevel.validation_batch_size",
+    "bilevel.micro_batch_size",
+    "bilevel.z_steps",
+    "bilevel.checkpoint_interval",
+    "scoring.batch_tokens",
+    "scoring.chunk_sequences",
+    "evaluation.max_sequences",
+    "launch.nproc_per_node",
+    "launch.concurrency",
+)
+_POSITIVE_IF_GIVEN = tuple(
+    f"{model}.model.{size}"
+    for model in ("target", "proxy")
+    for size in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
+)
+_NOT_NEGATIVE = ("warmup.target_steps", "warmup.proxy_steps", "evaluation.decay_steps", "data.held_out")
+_Rule = tuple[tuple[str, ...], Callable[[Any], bool], str]
+_RULES: tuple[_Rule, ...] = (
+    (_POSITIVE, lambda value: value > 0, "must be above 0"),
+    (_POSITIVE_IF_GIVEN, lambda value: value is None or value > 0, "must be above 0"),
+    (_NOT_NEGATIVE, lambda value: value >= 0, "must not be below 0"),
+    (("warmup.fraction", "selection.fraction"), lambda value: 0 < value <= 1, "must be above 0 and at most 1"),
+    (("bilevel.gradient_average",), lambda value: 0 <= value < 1, "must be at least 0 and below 1"),
+)
+
+
+def check(settings: Any) -> None:
+    """:param settings: a `RunConfig` as OmegaConf holds it.
+    :raises UserError: naming the first setting that cannot work.
+    """
+    missing = sorted(OmegaConf.missing_keys(settings))
+    if missing:
+        raise UserError(f"settings without a value: {', '.join(missing)}; give them in the YAML file or as key=value")
+    for key, choices in _CHOICES.items():
+        value = OmegaConf.select(settings, key)
+        if value not in choices:
+            raise UserError(f"{key} is {value!r}; it must be one of {', '.join(choices)}")
+    for keys, holds, rule in _RULES:
+        for key in keys:
+            if not holds(value := OmegaConf.select(settings, key)):
+                raise UserError(f"{key} is {value}; it {rule}")
+    _check_pool(settings.data.pool)
+    _check_controls(settings)
+
+
+def _check_pool(pool: Any) -> None:
+    names = [domain.name for domain in pool]
+    if not names:
+        raise UserError("data.pool is empty; list at least one domain with its shard prefixes")
+    for domain in pool:
+        if not domain.name or "/" in domain.name:
+            raise UserError(f"data.pool names a domain {domain.name!r}; a name is not empty and has no / in it")
+        if names.count(domain.name) > 1:
+            raise UserError(f"data.pool names domain {domain.name!r} twice; domains need names of their own")
+        if not domain.prefixes:
+            raise UserError(f"data.pool: domain {domain.name!r} has no prefixes; list its shards")
+        if domain.weight is not None and not domain.weight > 0:
+            raise UserError(f"data.pool: domain {domain.name!r} has weight {domain.weight}; it must be above 0")
+    if len({domain.weight is None for domain in pool}) > 1:
+        raise UserError("data.pool gives a weight to some domains only; weigh all of them or none")
+
+
+def _check_controls(settings: Any) -> None:
+    names = [settings.method, *(control.name for control in settings.controls)]
+    for control in settings.controls:
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", control.name) or names.count(control.name) > 1:
+            raise UserError(
+                f"controls: {control.name!r} names a directory and a line of the report, so it must be of letters, "
+                "digits, _ . - and used once, and not be the method of the main arm"
+            )
+        if control.method not in METHODS:
+            raise UserError(f"controls: {control.name!r} has method {control.method!r}; known: {', '.join(METHODS)}")
+        if not control.steps_factor > 0:
+            raise UserError(f"controls: {control.name!r} has steps_factor {control.steps_factor}; it must be above 0")
+        if control.steps_factor * settings.selection.fraction > 1:
+            raise UserError(
+                f"controls: {control.name!r} needs {control.steps_factor} times {settings.selection.fraction} of a "
+                "slice, which is more than all of it; lower steps_factor or selection.fraction"
+            )
