@@ -12,7 +12,9 @@ from megatron_bliss.data.scores import ScoreWriter
 from megatron_bliss.data.selection import Selection
 from megatron_bliss.data.shards import Shard
 from megatron_bliss.data.slices import HELD_OUT, Slicing
+from megatron_bliss.data.validation import ValidationSet
 from megatron_bliss.errors import UserError
+from megatron_bliss.orchestration.plan import plan
 from megatron_bliss.stages import inventory as inventory_stage
 from megatron_bliss.stages import select as select_stage
 from megatron_bliss.stages.inventory import run_inventory
@@ -68,6 +70,28 @@ def test_inventory_lists_pool_validation_and_test(tmp_path: Path) -> None:
     write_shard(tmp_path / "shards" / "a1", 300, seed=1234)
     with pytest.raises(UserError, match="its digest changed"):
         inventory_stage.run(run_dir)
+
+
+def test_a_rewritten_mask_is_noticed(tmp_path: Path) -> None:
+    run_dir = start(tmp_path / "run")
+    plain = Inventory.read(RunPaths(run_dir).inventory)
+    mask = Path(f"{plain.validation.prefix}.mask")
+    values = np.ones(plain.validation.num_tokens, dtype=np.uint8)
+    with open(mask, "wb") as stream:
+        np.save(stream, values)
+    for use in (lambda: inventory_stage.run(run_dir), lambda: ValidationSet.of(plain.validation)):
+        with pytest.raises(UserError, match=r"\.mask is not what this run was started with"):
+            use()
+    masked = inventory_stage.collect(read_saved_config(RunPaths(run_dir).config))
+    assert masked.digest != plain.digest
+    assert masked.validation.digest == plain.validation.digest  # still the same data, if it were in the pool too
+    assert len(ValidationSet.of(masked.validation)) == 20
+    values[0] = 0
+    with open(mask, "wb") as stream:
+        np.save(stream, values)
+    with pytest.raises(UserError, match="start a new run directory"):
+        ValidationSet.of(masked.validation)
+    assert mask in plan(read_saved_config(RunPaths(run_dir).config), run_dir)[0].inputs
 
 
 def test_bad_shards_are_refused(tmp_path: Path) -> None:

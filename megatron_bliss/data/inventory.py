@@ -46,5 +46,6 @@ class Inventory:
 
     @cached_property
     def digest(self) -> str:
-        """Of the data alone, wherever it lies."""
-        return digest_json([[record.name, record.domain, record.digest] for record in self.records])
+        """Of the data alone, wherever it lies: shards, and masks of the sets that have one."""
+        masks = [[record.name, record.mask_sha256] for record in self.records if record.mask_sha256]
+        return digest_json([*([record.name, record.domain, record.digest] for record in self.records), *masks])

@@ -158,9 +158,11 @@ class ShardRecord:
     idx_sha256: str
     bin_sha256: str
     stat: list[int]  # bytes and mtime_ns of .idx, bytes and mtime_ns of .bin
+    mask_sha256: str | None = None  # of PREFIX.mask, for a validation or test set that has one
 
     @property
     def digest(self) -> str:
+        """Of the tokens, whatever carries loss among them."""
         return digest_bytes(self.idx_sha256.encode(), self.bin_sha256.encode())
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from megatron_bliss.artifacts import atomic_write, digest_bytes, digest_file, write_json
 from megatron_bliss.data.corpus import forget
 from megatron_bliss.data.documents import read_jsonl, text_field
-from megatron_bliss.data.shards import Shard, ShardWriter, token_dtype
+from megatron_bliss.data.shards import Shard, ShardRecord, ShardWriter, token_dtype, verify_shard
 from megatron_bliss.data.tokenizers import Tokenizer
 from megatron_bliss.errors import UserError
 
@@ -65,6 +65,16 @@ class ValidationSet:
         digests.append(digest_file(path))
         return cls(shard, mask, digest_bytes(*(digest.encode() for digest in digests)))
 
+    @classmethod
+    def of(cls, record: ShardRecord) -> "ValidationSet":
+        """The set of an inventory.
+
+        :raises UserError: if its bytes changed, those of its mask too.
+        """
+        verify_shard(record)
+        verify_mask(record)
+        return cls.open(record.prefix)
+
     def __len__(self) -> int:
         return len(self.shard)
 
@@ -80,6 +90,21 @@ class ValidationSet:
             return tokens, np.ones(len(tokens), dtype=bool)
         start = int(self.shard.sequence_offsets[index]) // self.shard.dtype.itemsize
         return tokens, self.mask[start : start + len(tokens)].astype(bool)
+
+
+def mask_digest(prefix: str | Path) -> str | None:
+    """SHA-256 (hex) of PREFIX.mask; None where all tokens carry loss."""
+    path = Path(f"{prefix}.mask")
+    return digest_file(path) if path.is_file() else None
+
+
+def verify_mask(record: ShardRecord) -> None:
+    """:raises UserError: if the mask is not the one of the inventory, or is there where there was none, or is gone."""
+    if mask_digest(record.prefix) != record.mask_sha256:
+        raise UserError(
+            f"{record.prefix}.mask is not what this run was started with (it changed, appeared or is gone); restore "
+            "it, or start a new run directory"
+        )
 
 
 def build_pairs(path: Path, prefix: str | Path, tokenizer: Tokenizer, sequence_length: int) -> PairsSummary:

@@ -110,9 +110,10 @@ def _stage(
 def _inventory(arm: Arm) -> Stage:
     data = arm.config.data
     prefixes = [prefix for domain in data.pool for prefix in domain.prefixes]
-    prefixes += [prefix for prefix in (data.validation, data.test) if prefix is not None]
-    shards = [Path(f"{prefix}{suffix}") for prefix in prefixes for suffix in (".idx", ".bin")]
-    return _stage(arm, "inventory", needs=[], inputs=shards, output=arm.paths.inventory, distributed=False)
+    measured = [prefix for prefix in (data.validation, data.test) if prefix is not None]
+    files = [Path(f"{prefix}{suffix}") for prefix in (*prefixes, *measured) for suffix in (".idx", ".bin")]
+    files += [Path(f"{prefix}.mask") for prefix in measured]  # a set may have one, now or later
+    return _stage(arm, "inventory", needs=[], inputs=files, output=arm.paths.inventory, distributed=False)
 
 
 def _warmup(arm: Arm, with_proxy: bool) -> list[Stage]:

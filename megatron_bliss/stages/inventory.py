@@ -1,5 +1,6 @@
 """`inventory`: hash and check every shard of a run once, so that later stages notice when one changes."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ from megatron_bliss.artifacts import RunPaths
 from megatron_bliss.config import RunConfig, read_saved_config
 from megatron_bliss.data.inventory import Inventory
 from megatron_bliss.data.shards import Shard, ShardRecord, take_inventory, verify_shard
+from megatron_bliss.data.validation import mask_digest, verify_mask
 from megatron_bliss.errors import UserError
 
 _SAMPLED_SEQUENCES = 1000  # of each shard, for the check of token ids
@@ -23,6 +25,8 @@ def run(run_dir: Path) -> None:
         inventory = Inventory.read(paths.inventory)
         for record in inventory.records:
             verify_shard(record)
+        for record in filter(None, (inventory.validation, inventory.test)):
+            verify_mask(record)
     else:
         inventory = collect(read_saved_config(paths.config))
         inventory.write(paths.inventory)
@@ -33,14 +37,19 @@ def run(run_dir: Path) -> None:
 def collect(config: RunConfig) -> Inventory:
     """Hash and check the shards that the settings name."""
     pool = take_inventory({domain.name: domain.prefixes for domain in config.data.pool})
-    [validation] = take_inventory({"validation": [config.data.validation]})
-    test = take_inventory({"test": [config.data.test]})[0] if config.data.test else None
+    validation = _measured("validation", config.data.validation)
+    test = _measured("test", config.data.test) if config.data.test else None
     inventory = Inventory(pool, validation, test)
     _check_distinct(inventory.records)
     _check_dtype(inventory.records)
     for record in inventory.records:
         _check_token_ids(record, config.data.tokenizer.vocab_size)
     return inventory
+
+
+def _measured(name: str, prefix: str) -> ShardRecord:
+    [record] = take_inventory({name: [prefix]})
+    return replace(record, mask_sha256=mask_digest(prefix))
 
 
 def run_inventory(run_dir: Path, config: RunConfig) -> Inventory:
