@@ -17,9 +17,10 @@ import psutil
 import pytest
 from rich.console import Console
 
-from megatron_bliss.config import ControlConfig, LaunchConfig, RunConfig, save_config
+from megatron_bliss.config import ControlConfig, LaunchConfig, RunConfig, load_config, save_config
 from megatron_bliss.errors import StageError, UserError
-from megatron_bliss.orchestration import local, state
+from megatron_bliss.orchestration import cost, local, state
+from megatron_bliss.orchestration.check import check
 from megatron_bliss.orchestration.logs import Pace, user_error
 from megatron_bliss.orchestration.plan import arms, by_urgency, plan
 from megatron_bliss.orchestration.processes import RUN_VARIABLE
@@ -89,6 +90,72 @@ def test_a_run_from_another_ones_warmup_has_none_of_its_own(tmp_path: Path) -> N
     assert not [name for name in stages if name.startswith("warmup")]
     assert tmp_path / "first/warmup/target" in stages["controls/random/round-0001/pretrain"].inputs
     assert "controls/random/inventory" in stages
+
+
+# --- what is checked before a run starts
+
+
+def loaded(*overrides: str) -> RunConfig:
+    needed = ["data.validation=valid", "data.tokenizer.vocab_size=256", "data.pool=[{name: web, prefixes: [web]}]"]
+    return load_config(None, [*needed, *overrides])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["warmup.proxy_steps=0"], "warmup.proxy_steps is 0"),
+        (["method=random", "warmup.proxy_steps=0", "controls=[{name: p, method: perplexity}]"], "proxy_steps is 0"),
+        (["warmup.target_steps=0"], "warmup.target_steps is 0, but the KL term"),
+        (["target.model.preset=huge"], "target.model: model preset 'huge'"),
+        (["proxy.model.preset=huge"], "proxy.model: model preset 'huge'"),
+        (["proxy.model.num_attention_heads=7"], "not a multiple of num_attention_heads 7"),
+        (["launch.nproc_per_node=3", "target.tensor_parallel=3"], "target.model: num_attention_heads is 16"),
+        (["launch.nproc_per_node=2", "bilevel.batch_size=3"], "bilevel.batch_size is 3"),
+        (["launch.nproc_per_node=2", "bilevel.validation_batch_size=3"], "bilevel.validation_batch_size is 3"),
+        (["launch.nproc_per_node=2", "warmup.proxy_batch_size=3"], "warmup.proxy_batch_size is 3"),
+        (["target.global_batch_size=12"], "target.global_batch_size is 12; it must be a multiple of 8"),
+        (["launch.nproc_per_node=2", "proxy.tensor_parallel=2", "bilevel.preset=paper"], "curvature is 'exact'"),
+        (
+            ["launch.nproc_per_node=3", "proxy.tensor_parallel=2", "target.global_batch_size=24"],
+            "launch.nproc_per_node is 3",
+        ),
+        (["launch.nproc_per_node=2", "target.tensor_parallel=2", "target.pipeline_parallel=2"], "a multiple of 4"),
+        (["warmup.start_from=/nowhere/run"], "has no run.yaml"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_before_anything_is_written(
+    tmp_path: Path, overrides: list[str], words: str
+) -> None:
+    config = loaded(*overrides)
+    for start in (local.run, cost.show):
+        with pytest.raises(UserError, match=re.escape(words)):
+            start(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["method=random", "warmup.proxy_steps=0", "warmup.target_steps=0"],
+        ["warmup.target_steps=0", "bilevel.gamma=0"],
+        ["launch.nproc_per_node=4", "proxy.tensor_parallel=2", "target.tensor_parallel=2", "bilevel.batch_size=2"],
+    ],
+)
+def test_settings_that_can_work_pass(tmp_path: Path, overrides: list[str]) -> None:
+    check(loaded(*overrides), tmp_path / "run")
+
+
+def test_a_warmup_of_another_run_must_have_been_made_with_the_same_settings(tmp_path: Path) -> None:
+    first = tmp_path / "first"
+    save_config(loaded("rounds=2"), first / "run.yaml")
+    start = f"warmup.start_from={first}"
+    check(loaded("rounds=2", start, "method=random", "round_steps=7"), tmp_path / "second")
+    for change in ("seed=5", "rounds=3", "data.held_out=7", "proxy.model.preset=tiny", "warmup.target_steps=9"):
+        with pytest.raises(UserError, match=re.escape(change.split("=")[0] + ": ")):
+            check(loaded("rounds=2", start, change), tmp_path / "second")
+    save_config(loaded("rounds=2", start), tmp_path / "second/run.yaml")
+    with pytest.raises(UserError, match="no warm-up of its own"):
+        check(loaded("rounds=2", f"warmup.start_from={tmp_path / 'second'}"), tmp_path / "third")
 
 
 # --- state

@@ -16,6 +16,7 @@ from megatron_bliss.config import RunConfig
 from megatron_bliss.data.shards import Shard
 from megatron_bliss.errors import UserError
 from megatron_bliss.mcore.architectures import resolve
+from megatron_bliss.orchestration.check import check
 from megatron_bliss.orchestration.plan import Arm, arms, plan
 
 _FORWARD = 1 / 3  # of a forward and backward pass
@@ -195,8 +196,9 @@ def _evaluate(config: RunConfig) -> Cost:
 def show(config: RunConfig, run_dir: Path) -> None:
     """Print the table of `--dry-run`.
 
-    :raises UserError: for an architecture that cannot be.
+    :raises UserError: for settings that cannot work.
     """
+    check(config, run_dir)
     console = Console(width=None if sys.stdout.isatty() else _WIDTH)
     pool, reason = _measure(config)
     costs: dict[str, Cost] = {}

@@ -17,6 +17,7 @@ from megatron_bliss.artifacts import RunPaths, run_lock
 from megatron_bliss.config import LaunchConfig, RunConfig
 from megatron_bliss.errors import StageError, UserError
 from megatron_bliss.orchestration import logs, processes, state
+from megatron_bliss.orchestration.check import check
 from megatron_bliss.orchestration.display import View, view
 from megatron_bliss.orchestration.plan import Stage, by_urgency, plan
 
@@ -60,10 +61,11 @@ def run(
 ) -> None:
     """Do whatever the run still lacks.
 
-    :raises UserError: if the run is in use, its settings changed, or a stage refused its input.
+    :raises UserError: if the run is in use, its settings cannot work or changed, or a stage refused its input.
     :raises StageError: if a stage failed, or this was interrupted; its processes are ended by then.
     """
     run_dir, console = run_dir.absolute(), console or Console()
+    check(config, run_dir)
     with run_lock(RunPaths(run_dir).lock):
         for leftover in processes.end_leftovers(run_dir):
             console.print(f"ended {leftover}, left behind by an earlier call", soft_wrap=True)

@@ -1,0 +1,114 @@
+"""What must hold before a run is started, beyond the single settings: models that exist, ranks that can share the work,
+a warm-up that is there and is the right one. Reads, writes nothing.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_bliss.artifacts import RunPaths
+from megatron_bliss.config import RunConfig, WarmupConfig, differences, read_saved_config
+from megatron_bliss.errors import UserError
+from megatron_bliss.mcore.architectures import resolve
+from megatron_bliss.orchestration.plan import Arm, arms
+
+
+def check(config: RunConfig, run_dir: Path) -> None:
+    """:raises UserError: naming the first setting that cannot work."""
+    all_arms = arms(config, run_dir)
+    learns = any(arm.method.learns for arm in all_arms)
+    _check_target(config)
+    if any(arm.method.scored_by != "none" for arm in all_arms):
+        _check_proxy(config)
+    if learns:
+        _check_bilevel(config)
+    if config.warmup.start_from is not None:
+        _check_start(all_arms[0], Path(config.warmup.start_from))
+
+
+def _check_target(config: RunConfig) -> None:
+    target = config.target
+    _check_model(config, "target")
+    ranks = target.tensor_parallel * target.pipeline_parallel * target.context_parallel
+    _check_multiple(
+        "launch.nproc_per_node", config.launch.nproc_per_node, ranks, "target's tensor × pipeline × context ranks"
+    )
+    _check_multiple(
+        "target.global_batch_size",
+        target.global_batch_size,
+        target.micro_batch_size * (config.launch.nproc_per_node // ranks),
+        "target.micro_batch_size × data-parallel ranks",
+    )
+
+
+def _check_proxy(config: RunConfig) -> None:
+    tensor_parallel = config.proxy.tensor_parallel
+    _check_model(config, "proxy")
+    _check_multiple("launch.nproc_per_node", config.launch.nproc_per_node, tensor_parallel, "proxy.tensor_parallel")
+    if config.warmup.start_from is None:
+        if config.warmup.proxy_steps == 0:
+            raise UserError("warmup.proxy_steps is 0, but a method scores by the proxy: set it above 0")
+        _check_shared(config, "warmup.proxy_batch_size", config.warmup.proxy_batch_size)
+
+
+def _check_bilevel(config: RunConfig) -> None:
+    bilevel = config.bilevel
+    if bilevel.curvature == "exact" and config.proxy.tensor_parallel > 1:
+        raise UserError(
+            f"bilevel.curvature is 'exact' (as in preset paper) with proxy.tensor_parallel = "
+            f"{config.proxy.tensor_parallel}; set proxy.tensor_parallel to 1 or curvature to finite-difference"
+        )
+    if bilevel.gamma and not config.warmup.target_steps:
+        raise UserError(
+            f"warmup.target_steps is 0, but the KL term (bilevel.gamma = {bilevel.gamma}) needs a target checkpoint; "
+            "set bilevel.gamma to 0 or warmup.target_steps above 0"
+        )
+    _check_shared(config, "bilevel.batch_size", bilevel.batch_size)
+    _check_shared(config, "bilevel.validation_batch_size", bilevel.validation_batch_size)
+
+
+def _check_model(config: RunConfig, name: str) -> None:
+    settings = config.target if name == "target" else config.proxy
+    try:
+        architecture = resolve(settings.model)
+    except UserError as error:
+        raise UserError(f"{name}.model: {error}") from None
+    for size in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
+        value, divisor = getattr(architecture, size), f"{name}.tensor_parallel"
+        _check_multiple(f"{name}.model: {size}", value, settings.tensor_parallel, divisor)
+
+
+def _check_shared(config: RunConfig, key: str, batch_size: int) -> None:
+    ranks = config.launch.nproc_per_node // config.proxy.tensor_parallel
+    _check_multiple(key, batch_size, ranks, "the proxy's data-parallel ranks (launch.nproc_per_node / tensor_parallel)")
+
+
+def _check_multiple(key: str, value: int, divisor: int, of: str) -> None:
+    if value % divisor:
+        raise UserError(f"{key} is {value}; it must be a multiple of {divisor}, {of}")
+
+
+def _check_start(arm: Arm, start: Path) -> None:
+    """The run that the warm-up is taken from has seen the same data and has the same models."""
+    path = RunPaths(start).config
+    if not path.exists():
+        raise UserError(f"warmup.start_from is {start}, which has no run.yaml; give the directory of a run")
+    other = read_saved_config(path)
+    if other.warmup.start_from is not None:
+        raise UserError(
+            f"warmup.start_from is {start}, which has no warm-up of its own; give the run it starts from, "
+            f"{other.warmup.start_from}"
+        )
+    changed = differences(_what_warmup_depends_on(other), _what_warmup_depends_on(arm.config))
+    if changed:
+        raise UserError(
+            f"warmup.start_from is {start}, whose settings differ ({'; '.join(changed)}); make them equal, or let the "
+            "run do a warm-up of its own"
+        )
+
+
+def _what_warmup_depends_on(config: RunConfig) -> RunConfig:
+    """A configuration that has these settings only: seed, rounds (the slices), data, models, warm-up."""
+    models = RunConfig(seed=config.seed, rounds=config.rounds, data=config.data)
+    models.target.model, models.proxy.model = config.target.model, config.proxy.model
+    warmup: WarmupConfig = replace(config.warmup, start_from=None)
+    return replace(models, warmup=warmup)
