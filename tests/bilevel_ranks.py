@@ -24,7 +24,7 @@ from megatron_bliss.mcore.lower_level import MegatronLowerLevel, MegatronUpperLe
 from megatron_bliss.mcore.models import build_language_model
 from megatron_bliss.mcore.parallel import ParallelContext
 from megatron_bliss.mcore.score_model import build_score_model
-from megatron_bliss.stages import bilevel, warmup_proxy
+from megatron_bliss.stages import bilevel, select, warmup_proxy
 from tests.side_models import edit_config, randomise
 
 VOCAB_SIZE = 100  # padded to 128: the second of two ranks holds 28 columns that are no tokens
@@ -234,8 +234,24 @@ def _stage(folder: Path) -> dict[str, Any]:
         results[name] = {"metrics": metrics(folder / name), "parameters": _final(folder / name)}
     bilevel.run(folder / "run", 1)  # finished: nothing changes
     assert metrics(folder / "run") == results["run"]["metrics"]
+    results["changed"] = _changed(folder)
     results["second round"] = _second_round(folder / "run")
     return results
+
+
+def _changed(folder: Path) -> list[list[str]]:
+    """Metrics of a finished run, of its stages called again after another warm-up selection, and once more."""
+    run = folder / "changed"
+    shutil.copytree(folder / "run", run)
+    found = [metrics(run)]
+    shutil.rmtree(RunPaths(run).warmup_selection)
+    edit_config(run, seed=8)
+    select.run(run, None)
+    for _ in range(2):
+        warmup_proxy.run(run)
+        bilevel.run(run, 1)
+        found.append(metrics(run))
+    return found
 
 
 def _second_round(run: Path) -> dict[str, bool]:

@@ -153,6 +153,14 @@ def test_the_stage_resumes_to_the_same_bits(one: dict[str, Any]) -> None:
     assert first["weight_entropy"] == pytest.approx(math.log(8))  # a head of zeros: equal weights
 
 
+def test_the_stages_start_afresh_when_what_they_start_from_changed(one: dict[str, Any]) -> None:
+    before, after, again = one["stage"]["changed"]
+    assert [entry["step"] for entry in readings(after)] == list(range(1, 6))
+    # the proxy too: its loss before any step of the loop
+    assert readings(after)[0]["validation_loss"] != readings(before)[0]["validation_loss"]
+    assert again == after, "a finished stage was run again on unchanged inputs"
+
+
 def test_a_second_round_starts_as_the_paper_says(one: dict[str, Any]) -> None:
     assert one["stage"]["second round"] == dict.fromkeys(one["stage"]["second round"], True)
 

@@ -17,7 +17,7 @@ from megatron_bliss.config import ModelConfig, RunConfig, load_config, save_conf
 from megatron_bliss.errors import UserError
 from megatron_bliss.mcore.architectures import PRESETS, padded_vocab_size, resolve
 from megatron_bliss.mcore.arguments import Files, decay_arguments, training_arguments
-from megatron_bliss.mcore.checkpoint_files import iteration_path, read_iteration
+from megatron_bliss.mcore.checkpoint_files import iteration_path, iterations, read_iteration, write_iteration
 from megatron_bliss.stages import pretrain as stage
 from megatron_bliss.stages.pretrain import decay_branch
 from tests.distributed import run_ranks
@@ -206,6 +206,41 @@ def test_the_decay_branch_comes_down_and_leaves_the_main_line(
     rates = [float(rate) for rate in re.findall(r"learning rate: (\S+)", text)]
     assert rates == pytest.approx([6.7e-4, 3.4e-4, 1e-5])  # from 1e-3 to 1e-5 in three steps
     assert read_iteration(paths.target) == 12
+
+
+def test_a_decay_branch_starts_afresh_when_its_start_or_its_data_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths, _ = write_run(tmp_path)
+    weights = iteration_path(paths.target, 12) / "metadata.json"
+    weights.parent.mkdir(parents=True)
+    weights.write_text("first")
+    begun: list[tuple[Path | None, list[int]]] = []  # where each training was loaded from, and what it found
+
+    def train(config: RunConfig, selection: Path, files: Any, arguments: Any, end: int) -> None:
+        begun.append((files.load, iterations(files.save)))
+        (iteration_path(files.save, end)).mkdir(parents=True)
+        (iteration_path(files.save, end) / "metadata.json").write_text("{}")
+        write_iteration(files.save, end)
+
+    monkeypatch.setattr(stage, "_train", train)
+    fresh = (paths.evaluation(1) / "start", [])
+    branch = decay_branch(paths.root, 1)
+    assert decay_branch(paths.root, 1) == branch
+    assert begun == [fresh]
+    assert "afresh" not in capsys.readouterr().out
+
+    weights.write_text("second")
+    decay_branch(paths.root, 1)
+    assert begun == [fresh] * 2
+    assert "decay was made from another target" in capsys.readouterr().out
+
+    shutil.rmtree(paths.selection(1))
+    shutil.copytree(paths.warmup_selection, paths.selection(1))
+    decay_branch(paths.root, 1)
+    decay_branch(paths.root, 1)
+    assert begun == [fresh] * 3
+    assert "decay was made from another selection" in capsys.readouterr().out
 
 
 def _load_bare(rank: int, run_dir: Path) -> dict[str, Any]:

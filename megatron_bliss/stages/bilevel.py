@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_bliss.artifacts import RunPaths
+from megatron_bliss.artifacts import RunPaths, digest_tree
 from megatron_bliss.bilevel.curvature import Pool, check_exact, make_curvature
 from megatron_bliss.bilevel.loop import BilevelLoop, LoopSettings
 from megatron_bliss.bilevel.solvers import Averaged, Paper, Solver
@@ -27,13 +27,16 @@ from megatron_bliss.mcore.parallel import ParallelContext, agreed
 from megatron_bliss.mcore.score_model import build_score_model
 from megatron_bliss.progress import MetricsLog, Progress
 from megatron_bliss.stages.inventory import run_inventory
+from megatron_bliss.stages.sources import resume
 from megatron_bliss.stages.warmup_proxy import proxy_directory
 
 Loop = BilevelLoop[MicroBatch]
 
 
 def run(run_dir: Path, round_number: int) -> None:
-    """Write `round-N/bilevel` (proxy, score model, the loop's vectors, metrics.jsonl), or finish it. All ranks call it.
+    """Write `round-N/bilevel` (proxy, score model, the loop's vectors, metrics.jsonl), or finish it.
+
+    It starts afresh where the data or a checkpoint it starts from has changed. All ranks call it.
 
     :raises UserError: without the checkpoints it starts from, or where a batch cannot be shared by the ranks.
     """
@@ -42,8 +45,10 @@ def run(run_dir: Path, round_number: int) -> None:
     settings, directory = config.bilevel, paths.bilevel(round_number)
     context = parallel.initialize(config.proxy.tensor_parallel, config.proxy.sequence_parallel, config.seed)
     with agreed(context):
-        done = checkpoint_files.read_iteration(directory) or 0
-        data = BilevelData(config, run_inventory(paths.root, config), round_number, context)
+        inventory = run_inventory(paths.root, config)
+        data = BilevelData(config, inventory, round_number, context)
+        sources = {"inventory": inventory.digest} | starting_points(paths, config, round_number)
+        done = resume("bilevel", directory, sources, context.is_first) or 0
     if done >= settings.outer_steps:
         return
     loop, models = build(paths, config, round_number, context, is_fresh=not done)
@@ -82,7 +87,10 @@ def build(
     :param is_fresh: start from the warm-up and the round before; False: the caller loads what a checkpoint holds.
     """
     vocab_size, settings = config.data.tokenizer.vocab_size, config.bilevel
-    proxy = build_language_model(config.proxy.model, vocab_size, context, config.proxy.recompute)
+    is_exact = settings.curvature == "exact"  # fused kernels have no second derivative
+    proxy = build_language_model(
+        config.proxy.model, vocab_size, context, config.proxy.recompute, plain_kernels=is_exact
+    )
     score_model = build_score_model(config.proxy.model, vocab_size, context, config.proxy.recompute)
     if is_fresh:
         checkpoints.load_model(proxy_directory(paths, config), proxy)
@@ -99,6 +107,16 @@ def build(
     curvature = make_curvature(settings.curvature, lower.space)
     loop = BilevelLoop(lower, upper, curvature, make_solver(settings, lower.space), loop_settings(settings))
     return loop, {checkpoints.MODEL: proxy, checkpoints.SCORE: score_model}
+
+
+def starting_points(paths: RunPaths, config: RunConfig, round_number: int) -> dict[str, str]:
+    """Digests of the checkpoints that `build` reads for a fresh start, by name."""
+    found = {"proxy": proxy_directory(paths, config)}
+    if round_number > 1 and not config.bilevel.restart_score:
+        found["score model"] = paths.bilevel(round_number - 1)
+    if config.bilevel.gamma:
+        found["target"] = target_checkpoint(paths, config, round_number)
+    return {name: digest_tree(checkpoint_files.find(directory)) for name, directory in found.items()}
 
 
 def target_checkpoint(paths: RunPaths, config: RunConfig, round_number: int) -> Path:
@@ -151,8 +169,7 @@ class BilevelData:
         self._shards = [verify_shard(record) for record in inventory.pool]
         ids = Slicing.of(config, inventory).ids_by_name(round_number)
         self._pool = SequenceSampler(inventory.pool, ids, derive(self._seed, "pool"))
-        verify_shard(inventory.validation)
-        self._set = ValidationSet.open(inventory.validation.prefix)
+        self._set = ValidationSet.of(inventory.validation)
         everything = {inventory.validation.name: np.arange(len(self._set), dtype=np.int32)}
         self._validation = SequenceSampler([inventory.validation], everything, derive(self._seed, "validation"))
         for size in (self._settings.batch_size, self._settings.validation_batch_size):

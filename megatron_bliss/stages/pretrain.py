@@ -11,13 +11,14 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_bliss.artifacts import RunPaths, atomic_write, read_json, write_json
+from megatron_bliss.artifacts import RunPaths, atomic_write, digest_tree, read_json, write_json
 from megatron_bliss.config import RunConfig, read_saved_config, warmup_run
 from megatron_bliss.data.selection import Selection
 from megatron_bliss.errors import UserError
 from megatron_bliss.mcore.arguments import Files, decay_arguments, split_blends, training_arguments
-from megatron_bliss.mcore.checkpoint_files import iteration_path, mend_latest, read_iteration, write_iteration
+from megatron_bliss.mcore.checkpoint_files import find, iteration_path, mend_latest, read_iteration, write_iteration
 from megatron_bliss.mcore.script import PACKAGED_SCRIPT, run_script
+from megatron_bliss.stages.sources import resume
 
 
 def run(run_dir: Path, round_number: int) -> None:
@@ -47,6 +48,8 @@ def run(run_dir: Path, round_number: int) -> None:
 def decay_branch(run_dir: Path, round_number: int) -> Path:
     """Take the LLM at the end of a round down to the minimal learning rate, aside from the main line.
 
+    It starts afresh where the round's last checkpoint or its selection has changed.
+
     :returns: the directory of the branch's last checkpoint; the round's own where `evaluation.decay_steps` is 0.
     :raises UserError: if the selection or settings cannot be used.
     :raises SystemExit: if Megatron stopped before the branch's last iteration.
@@ -61,7 +64,9 @@ def decay_branch(run_dir: Path, round_number: int) -> Path:
     if config.evaluation.decay_steps == 0:
         return iteration_path(trunk, start)
     save, end = paths.evaluation(round_number) / "decay", start + config.evaluation.decay_steps
-    resumed = read_iteration(save)
+    trunk_digest = digest_tree(find(iteration_path(trunk, start)))
+    sources = {"target": trunk_digest, "selection": Selection.open(selection).digest}
+    resumed = resume("evaluate", save, sources, _is_first())
     if resumed != end:
         fresh = paths.evaluation(round_number) / "start"
         load = save if resumed is not None else _branching_point(trunk, start, fresh)

@@ -17,12 +17,13 @@ from megatron_bliss.data.sampling import SequenceSampler, share_of_rank
 from megatron_bliss.data.seeds import derive, hash_positions
 from megatron_bliss.data.selection import Selection
 from megatron_bliss.data.shards import Shard
-from megatron_bliss.mcore import checkpoint_files, checkpoints, parallel
+from megatron_bliss.mcore import checkpoints, parallel
 from megatron_bliss.mcore.batches import Batch, bucket, cut_windows, make_batch
 from megatron_bliss.mcore.models import build_language_model, token_losses
 from megatron_bliss.mcore.parallel import ParallelContext, agreed
 from megatron_bliss.mcore.space import parameter_space
 from megatron_bliss.progress import MetricsLog, Progress
+from megatron_bliss.stages.sources import resume
 
 LR_WARMUP_FRACTION = 0.1  # of the steps; then cosine, to zero
 
@@ -33,7 +34,7 @@ def proxy_directory(paths: RunPaths, config: RunConfig) -> Path:
 
 
 def run(run_dir: Path) -> None:
-    """Write `warmup/proxy`, or finish it. All ranks of the job call it.
+    """Write `warmup/proxy`, or finish it, or start it afresh on another selection. All ranks of the job call it.
 
     :raises UserError: without the warm-up selection, or where the batch cannot be shared by the ranks.
     """
@@ -42,8 +43,10 @@ def run(run_dir: Path) -> None:
     context = parallel.initialize(config.proxy.tensor_parallel, config.proxy.sequence_parallel, config.seed)
     num_steps, directory = config.warmup.proxy_steps, paths.warmup_proxy
     with agreed(context):
-        done = checkpoint_files.read_iteration(directory) or 0
-        data = WarmupData(Selection.open(paths.warmup_selection), config, context)
+        selection = Selection.open(paths.warmup_selection)
+        data = WarmupData(selection, config, context)
+        sources = {"selection": selection.digest}
+        done = resume("warmup-proxy", directory, sources, context.is_first) or 0
     vocab_size = config.data.tokenizer.vocab_size
     model = build_language_model(config.proxy.model, vocab_size, context, config.proxy.recompute)
     space = parameter_space(model, context)

@@ -1,0 +1,42 @@
+"""What a stage's checkpoints were made from, so that they are continued only while that is the same.
+
+`sources.json` lies with the checkpoints and is written before the first of them.
+"""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from megatron_bliss.artifacts import read_json, write_json
+from megatron_bliss.errors import UserError
+from megatron_bliss.mcore.checkpoint_files import read_iteration
+
+
+def resume(stage: str, directory: Path, sources: Mapping[str, str], is_first: bool) -> int | None:
+    """Iteration to go on from: of the newest checkpoint made from these sources, or None.
+
+    What was made from others is removed with the whole directory. Every rank may call it without waiting for another:
+    `sources.json` names the new sources only once the old checkpoints are gone.
+
+    :param sources: digests by name, equal on all ranks.
+    :param is_first: whether this rank is the one that removes and writes.
+    """
+    path = directory / "sources.json"
+    known = _read(path)
+    if known == sources:
+        return read_iteration(directory)
+    if is_first:
+        if read_iteration(directory) is not None:
+            changed = sorted(name for name in known.keys() | sources.keys() if known.get(name) != sources.get(name))
+            print(f"[{stage}] starting afresh: {directory} was made from another {' and '.join(changed)}", flush=True)
+        if directory.exists():
+            shutil.rmtree(directory)
+        write_json(path, {"schema": 1, "sources": dict(sources)})
+    return None
+
+
+def _read(path: Path) -> dict[str, str]:
+    try:
+        return dict(read_json(path)["sources"])
+    except UserError:  # not there, or the first rank is just removing it: whatever lies beside it is of unknown origin
+        return {}
