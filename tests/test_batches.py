@@ -91,7 +91,7 @@ def test_what_is_measured_on_windows_adds_up(sequence_length: int, batch_tokens:
 
 
 def test_kernels_are_what_can_be_imported_on_a_gpu() -> None:
-    from megatron_bliss.mcore.models import choose_kernels
+    from megatron_bliss.mcore.kernels import choose_kernels
 
     softmax = "scaled_upper_triang_masked_softmax_cuda"
     engine, apex = "transformer_engine.pytorch", "apex.normalization.fused_layer_norm"
@@ -113,10 +113,11 @@ def test_chosen_kernels_reach_megatrons_configuration(preset: str, monkeypatch: 
     from megatron_bliss.config import ModelConfig
     from megatron_bliss.mcore import models
     from megatron_bliss.mcore.architectures import resolve
+    from megatron_bliss.mcore.kernels import Kernels
 
     architecture = resolve(ModelConfig(preset=preset))
     context: Any = SimpleNamespace(tp_size=2, sequence_parallel=True)
-    kernels = models.Kernels(transformer_engine=False, apex_norm=True, fused_softmax=True, fused_activation=True)
+    kernels = Kernels(False, apex_norm=True, fused_softmax=True, fused_activation=True, fused_weight_gradient=False)
     config = models.transformer_config(architecture, kernels, True, context, recompute=True)
     assert config.masked_softmax_fusion
     assert config.bias_activation_fusion
@@ -128,8 +129,17 @@ def test_chosen_kernels_reach_megatrons_configuration(preset: str, monkeypatch: 
     assert spec.layer_norm is (FusedLayerNorm if preset == "tiny" else models.torch_norm)
     assert spec.layer_specs[0].submodules.input_layernorm is spec.layer_norm
     monkeypatch.setattr(models, "get_gpt_layer_with_transformer_engine_spec", lambda: "transformer engine")
-    engine = models.Kernels(transformer_engine=True, apex_norm=False, fused_softmax=False, fused_activation=True)
+    engine = Kernels(
+        transformer_engine=True, apex_norm=False, fused_softmax=False, fused_activation=True, fused_weight_gradient=True
+    )
     assert models.layer_spec(config, engine) == "transformer engine"
+    monkeypatch.setattr(models, "kernels_in_use", lambda: engine)
+    chosen, plain = (
+        models.gpt_arguments(ModelConfig(preset=preset), 100, context, plain_kernels=is_plain)["config"]
+        for is_plain in (False, True)
+    )
+    assert (chosen.transformer_impl, plain.transformer_impl) == ("transformer_engine", "local")
+    assert not plain.bias_activation_fusion
     norm = models.torch_norm(config, 8)
     assert all(parameter.sequence_parallel for parameter in norm.parameters())  # type: ignore[attr-defined]
 

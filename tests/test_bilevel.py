@@ -315,6 +315,19 @@ def test_exact_is_refused_where_it_would_be_wrong() -> None:
     check_exact(Pool(sound, [pool], [weights], 0.0), [torch.ones_like(m) for m in sound.space.masters])
 
 
+def test_a_missing_second_derivative_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def attention(self: ToyLower, batch: Samples, weights: torch.Tensor) -> torch.Tensor:
+        q = torch.cat([parameter.flatten() for parameter in self.space.parameters])[:4].view(1, 1, 2, 2)
+        # its backward pass has no derivative
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, q, q)[0].sum()  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(ToyLower, "objective", attention)
+    lower = ToyLower(D, C, width=5)
+    pool, _, _, weights = parts()
+    with pytest.raises(UserError, match="has no second derivative"):
+        check_exact(Pool(lower, [pool], [weights], 0.0), [torch.ones_like(m) for m in lower.space.masters])
+
+
 def _with_gradient_of(broken: ToyLower) -> ToyLower:
     original = ToyLower.objective
 

@@ -1,10 +1,12 @@
 """The stand-ins for CUDA: they are complete enough for Megatron, and gone where there is a GPU."""
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_bliss.errors import UserError
 from tests.distributed import run_ranks
 
 
@@ -17,7 +19,9 @@ def _names_replaced_beside_a_gpu(rank: int) -> list[str]:
 
     torch.cuda.is_available = lambda: True
     before = everything()
-    from megatron_bliss.mcore import platform
+    from megatron_bliss.mcore import kernels, platform
+
+    kernels.is_importable = lambda module: True
 
     platform.install()
     assert platform.environment() == {}
@@ -86,6 +90,70 @@ def test_gpu_requests_end_on_the_cpu() -> None:
         "backend": "gloo",
         "trainer": {"allow_no_cuda": True},
     }
+
+
+@pytest.mark.parametrize(
+    ("there", "expected"),
+    [
+        ({"transformer_engine.pytorch", "fused_weight_gradient_mlp_cuda"}, ""),
+        ({"transformer_engine.pytorch"}, "--no-gradient-accumulation-fusion"),
+        (
+            {"apex.normalization.fused_layer_norm", "fused_weight_gradient_mlp_cuda"},
+            "--transformer-impl local --no-rope-fusion --no-masked-softmax-fusion",
+        ),
+        (
+            set(),
+            "--transformer-impl local --no-rope-fusion --no-masked-softmax-fusion --no-persist-layer-norm "
+            "--no-gradient-accumulation-fusion",
+        ),
+    ],
+)
+def test_flags_on_a_gpu_make_up_for_missing_packages(
+    there: set[str], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from megatron_bliss.mcore import kernels, platform
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(kernels, "is_importable", there.__contains__)
+    monkeypatch.setattr(platform, "available_kernels", kernels.available_kernels.__wrapped__)
+    assert platform.training_flags() == expected.split()
+    assert "--transformer-impl" not in platform.training_flags(["--transformer-impl=local"])
+    if "local" in expected and "persist" in expected:
+        with pytest.raises(UserError, match=r"--sequence-parallel .* needs Transformer Engine or Apex"):
+            platform.training_flags(["--sequence-parallel"])
+    else:
+        assert platform.training_flags(["--sequence-parallel"]) == expected.split()
+
+
+def test_a_gpu_that_torch_cannot_use_is_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    from megatron_bliss.mcore import platform
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(platform, "_is_installed", lambda: False)
+    for name in ("_replace_cuda_module", "_replace_tensor_functions", "_replace_megatron_checks"):
+        monkeypatch.setattr(platform, name, lambda: None)
+    monkeypatch.setattr(platform, "environment", dict)
+    monkeypatch.setattr(platform, "_NVIDIA_DEVICE", tmp_path)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    with pytest.raises(UserError, match="finds no GPU"):
+        platform.install()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    with pytest.raises(UserError, match="finds no GPU"):
+        platform.install()
+    for wish in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", wish)
+        platform.install()
+        assert capsys.readouterr().out == "no GPU found: running on the CPU with gloo\n"
+    monkeypatch.setenv("RANK", "1")
+    platform.install()
+    assert capsys.readouterr().out == ""
 
 
 def test_flags_of_the_user_win(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -175,10 +175,20 @@ def check_exact[Batch](pool: Pool[Batch], v: Vector, tolerance: float = 5e-2) ->
 
     Kernels whose second derivative is silently wrong are off by far more than differences in float32 are.
 
-    :raises UserError: if the two disagree by more than `tolerance`, relative.
+    :raises UserError: if the two disagree by more than `tolerance`, relative, or there is no second derivative.
     """
     space = pool.level.space
-    exact, differences = Exact(space).product(pool, v), FiniteDifference().product(pool, v)
+    try:
+        exact = Exact(space).product(pool, v)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as failure:  # "derivative for … is not implemented"
+        reason = " ".join(str(failure).split())[:200]
+        raise UserError(
+            f"bilevel.curvature=exact: the model has no second derivative ({reason}); take "
+            "bilevel.curvature=finite-difference"
+        ) from failure
+    differences = FiniteDifference().product(pool, v)
     assert exact is not None
     assert differences is not None
     error = float(space.norm(torch._foreach_sub(exact, differences)) / space.norm(differences))

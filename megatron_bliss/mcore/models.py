@@ -5,10 +5,8 @@ local layers elsewhere; parameters have the same names in checkpoints either way
 the backward pass (Apex) is left to `pretrain()`: it writes into `main_grad` buffers, while gradients here are values.
 """
 
-import importlib
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -27,61 +25,28 @@ from megatron_bliss.config import ModelConfig
 from megatron_bliss.errors import UserError
 from megatron_bliss.mcore.architectures import Architecture, resolve
 from megatron_bliss.mcore.batches import Batch
+from megatron_bliss.mcore.kernels import PLAIN, Kernels, available_kernels
 from megatron_bliss.mcore.parallel import ParallelContext
 
 # GPTModel announces its successor at every construction; pretrain_gpt.py builds it nevertheless
 logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
 
 
-@dataclass(frozen=True)
-class Kernels:
-    """Which implementations are used."""
-
-    transformer_engine: bool  # layers, norms and attention
-    apex_norm: bool  # Apex's fused LayerNorm in local layers
-    fused_softmax: bool  # Megatron's CUDA softmax in local layers, bf16 only
-    fused_activation: bool  # bias and activation in one kernel, as pretrain() has it on GPUs
-
-    def __str__(self) -> str:
-        layers = "Transformer Engine" if self.transformer_engine else "Megatron's local ones"
-        norms = "Transformer Engine" if self.transformer_engine else "Apex" if self.apex_norm else "torch"
-        return (
-            f"layers: {layers}, norms: {norms}, fused softmax: {'yes' if self.fused_softmax else 'no'}, "
-            f"fused bias and activation: {'yes' if self.fused_activation else 'no'}"
-        )
-
-
-def choose_kernels(on_gpu: bool, is_importable: Callable[[str], bool]) -> Kernels:
-    """The best of what is there. Nothing but plain torch is used without a GPU."""
-    transformer_engine = on_gpu and is_importable("transformer_engine.pytorch")
-    local = on_gpu and not transformer_engine
-    return Kernels(
-        transformer_engine=transformer_engine,
-        apex_norm=local and is_importable("apex.normalization.fused_layer_norm"),
-        fused_softmax=local and is_importable("scaled_upper_triang_masked_softmax_cuda"),
-        fused_activation=on_gpu,
-    )
-
-
-def _is_importable(module: str) -> bool:
-    try:
-        importlib.import_module(module)
-    except ImportError:
-        return False
-    return True
-
-
 @cache
-def available_kernels() -> Kernels:
+def kernels_in_use() -> Kernels:
     """The choice for this process, printed once by the first rank."""
-    kernels = choose_kernels(torch.cuda.is_available(), _is_importable)
+    kernels = available_kernels()
     if torch.distributed.get_rank() == 0:
         print(f"[models] {kernels}", flush=True)
     return kernels
 
 
 def build_language_model(
-    model: ModelConfig, vocab_size: int, context: ParallelContext, recompute: bool = False
+    model: ModelConfig,
+    vocab_size: int,
+    context: ParallelContext,
+    recompute: bool = False,
+    plain_kernels: bool = False,
 ) -> GPTModel:
     """A randomly initialised GPTModel on this rank's device; the same weights at every tensor-parallel size.
 
@@ -89,9 +54,10 @@ def build_language_model(
 
     :param vocab_size: of the tokenizer, before padding.
     :param recompute: recompute activations layer by layer in the backward pass instead of keeping them.
+    :param plain_kernels: torch's own operations on a GPU too: fused kernels have no second derivative.
     :raises UserError: if the architecture does not fit the tensor-parallel size.
     """
-    return place(GPTModel(**gpt_arguments(model, vocab_size, context, recompute)), model, context)
+    return place(GPTModel(**gpt_arguments(model, vocab_size, context, recompute, plain_kernels)), model, context)
 
 
 def place(model: GPTModel, config: ModelConfig, context: ParallelContext) -> GPTModel:
@@ -100,12 +66,16 @@ def place(model: GPTModel, config: ModelConfig, context: ParallelContext) -> GPT
 
 
 def gpt_arguments(
-    model: ModelConfig, vocab_size: int, context: ParallelContext, recompute: bool = False
+    model: ModelConfig,
+    vocab_size: int,
+    context: ParallelContext,
+    recompute: bool = False,
+    plain_kernels: bool = False,
 ) -> dict[str, Any]:
     """What GPTModel's constructor takes."""
     architecture = resolve(model)
     _check_divisible(architecture, model, context.tp_size)
-    kernels = available_kernels()
+    kernels = PLAIN if plain_kernels else kernels_in_use()
     config = transformer_config(architecture, kernels, model.bf16, context, recompute)
     return {
         "config": config,

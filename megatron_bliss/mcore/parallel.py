@@ -54,8 +54,6 @@ def initialize(tensor_parallel: int, sequence_parallel: bool, seed: int) -> Para
             f"{world_size} processes cannot be divided into groups of tensor_parallel = {tensor_parallel}; start a "
             "multiple of it (launch.nproc_per_node) or lower tensor_parallel"
         )
-    # sequence-parallel communication is issued in the order Megatron expects with one queue only
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():

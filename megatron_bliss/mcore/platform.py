@@ -12,14 +12,19 @@ import queue
 import sys
 import types
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 
-_CPU = torch.device("cpu")
+from megatron_bliss.errors import UserError
+from megatron_bliss.mcore.kernels import Kernels, available_kernels
 
-# Flags of Megatron's scripts for which the default needs CUDA, Transformer Engine or Apex.
-_TRAINING_FLAGS: tuple[tuple[str, ...], ...] = (
+_CPU = torch.device("cpu")
+_NVIDIA_DEVICE = Path("/dev/nvidia0")  # there with the kernel's part of the driver
+
+# Flags of Megatron's scripts for which the default needs CUDA, Transformer Engine or Apex: all of them.
+_CPU_FLAGS: tuple[tuple[str, ...], ...] = (
     ("--distributed-backend", "gloo"),
     ("--transformer-impl", "local"),
     ("--use-cpu-initialization",),
@@ -51,15 +56,34 @@ def backend() -> str:
 
 
 def training_flags(given: Iterable[str] = ()) -> list[str]:
-    """Flags that Megatron's training scripts need on this machine; none where there is a GPU.
+    """Flags that Megatron's training scripts need on this machine; none on a GPU with Transformer Engine and Apex.
 
     :param given: the script's arguments so far; a flag that is already among them is left out, so that the user's
         own value holds.
+    :raises UserError: for sequence parallelism without a norm that knows it.
     """
-    if torch.cuda.is_available():
-        return []
-    names = {word.split("=")[0] for word in given}
-    return [word for flag in _TRAINING_FLAGS if flag[0] not in names for word in flag]
+    kernels, names = available_kernels(), {word.split("=")[0] for word in given}
+    if "--sequence-parallel" in names and not (kernels.transformer_engine or kernels.apex_norm):
+        raise UserError(
+            "--sequence-parallel (target.sequence_parallel) needs Transformer Engine or Apex, which are not here: "
+            "Megatron's torch norms refuse it; install one of them or leave it out"
+        )
+    flags = _gpu_flags(kernels) if torch.cuda.is_available() else _CPU_FLAGS
+    return [word for flag in flags if flag[0] not in names for word in flag]
+
+
+def _gpu_flags(kernels: Kernels) -> list[tuple[str, ...]]:
+    """In place of defaults for which a package is missing."""
+    flags: list[tuple[str, ...]] = []
+    if not kernels.transformer_engine:
+        flags += [("--transformer-impl", "local"), ("--no-rope-fusion",)]
+        if not kernels.fused_softmax:
+            flags.append(("--no-masked-softmax-fusion",))
+        if not kernels.apex_norm:
+            flags.append(("--no-persist-layer-norm",))
+    if not kernels.fused_weight_gradient:
+        flags.append(("--no-gradient-accumulation-fusion",))
+    return flags
 
 
 def environment() -> dict[str, str]:
@@ -73,9 +97,19 @@ def environment() -> dict[str, str]:
 
 
 def install() -> None:
-    """Make the replacements, once; does nothing where a GPU is present. Call it before Megatron builds a model."""
+    """Make the replacements, once; does nothing where a GPU is present. Call it before Megatron builds a model.
+
+    :raises UserError: if there is a GPU that torch cannot use, and nobody asked for the CPU.
+    """
     if torch.cuda.is_available() or _is_installed():
         return
+    if _NVIDIA_DEVICE.exists() and os.environ.get("CUDA_VISIBLE_DEVICES", "unset").strip() not in ("", "-1"):
+        raise UserError(
+            f"{_NVIDIA_DEVICE} is here, but torch {torch.__version__} finds no GPU: mend the driver or install a torch "
+            "built for it; to run on the CPU set CUDA_VISIBLE_DEVICES=-1"
+        )
+    if os.environ.get("RANK", "0") == "0":
+        print("no GPU found: running on the CPU with gloo", flush=True)
     for name, value in environment().items():
         os.environ.setdefault(name, value)
     _replace_cuda_module()

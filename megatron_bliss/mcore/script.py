@@ -39,7 +39,7 @@ def run_script(script: Path, arguments: Sequence[str], selection: Path | None) -
         dataset.install(Selection.open(selection))
     added = platform.training_flags(arguments)
     if added and os.environ["RANK"] == "0":
-        print(f"> no GPU here, added: {' '.join(added)}", flush=True)
+        print(f"> added for what this machine has: {' '.join(added)}", flush=True)
     sys.argv = [str(script), *arguments, *added]
     runpy.run_path(str(script), run_name="__main__")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from megatron_bliss.artifacts import RunPaths, write_json
 from megatron_bliss.config import RunConfig, read_saved_config, warmup_run
@@ -35,6 +36,7 @@ def run(run_dir: Path, round_number: int) -> None:
     config = read_saved_config(paths.config)
     decayed = decay_branch(paths.root, round_number)
     gc.collect()  # the trainer's model and optimizer
+    torch.cuda.empty_cache()  # and their memory; nothing happens without a GPU
     context = parallel.initialize(config.target.tensor_parallel, config.target.sequence_parallel, config.seed)
     last = config.round_end(round_number)
     with agreed(context):
