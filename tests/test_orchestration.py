@@ -182,8 +182,26 @@ def test_why_a_stage_is_run_again(tmp_path: Path) -> None:
     assert why() == "source changed"
     source.write_text("1")
     assert why() is None
+    made.write_text("y")
+    assert why() == "made is not what it wrote"
     made.unlink()
     assert why() == "made is gone"
+
+
+def test_a_changed_output_is_refused_and_a_new_report_is_not(tmp_path: Path) -> None:
+    config = fake_config(controls=[])
+    state.prepare(config, tmp_path)
+    for stage in plan(config, tmp_path):
+        if stage.command[0] in ("inventory", "report"):
+            state.begin(tmp_path, stage, os.getpid(), tmp_path / "log", 0, {})
+            for path in stage.outputs:
+                path.write_text("{}")
+            state.finish(tmp_path, stage)
+    (tmp_path / "report.html").write_text("another")
+    state.prepare(config, tmp_path)
+    (tmp_path / "inventory.json").write_text("another")
+    with pytest.raises(UserError, match=r"inventory\.json is not what inventory wrote"):
+        state.prepare(config, tmp_path)
 
 
 def test_digests_of_directories(tmp_path: Path) -> None:
@@ -305,14 +323,15 @@ def test_a_changed_config_is_refused_but_the_launch_may_change(tmp_path: Path, b
 
 
 def test_only_what_depends_on_a_changed_file_is_run_again(tmp_path: Path, behaviour: dict[str, Any]) -> None:
-    config, run = fake_config(rounds=1), tmp_path / "run"
+    config, run, shard = fake_config(rounds=1), tmp_path / "run", tmp_path / "valid.bin"
+    config = replace(config, data=replace(config.data, validation=str(shard.with_suffix(""))))
     local.run(config, run, command=fake_command(behaviour))
     (tmp_path / "journal").unlink()
-    (run / "round-0001/selection/manifest.json").write_text("another selection")
+    shard.write_text("another validation set")
     local.run(config, run, command=fake_command(behaviour))
-    assert {name for _, name, *_ in journal(tmp_path / "journal")} == {"round-0001/pretrain"}
     # what it wrote is what was there before, so nothing after it had to follow
-    assert state.read_state(run)["round-0001/pretrain"].attempts == 2
+    assert {name for _, name, *_ in journal(tmp_path / "journal")} == {"inventory"}
+    assert state.read_state(run)["inventory"].attempts == 2
 
 
 def test_a_failing_stage_ends_the_others_and_shows_its_log(tmp_path: Path, behaviour: dict[str, Any]) -> None:

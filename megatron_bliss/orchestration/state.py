@@ -18,7 +18,7 @@ from pathlib import Path
 from megatron_bliss.artifacts import RunPaths, digest_file, digest_json, digest_tree, read_json, write_json
 from megatron_bliss.config import RunConfig, differences, read_saved_config, save_config
 from megatron_bliss.errors import UserError
-from megatron_bliss.orchestration.plan import Stage, arms
+from megatron_bliss.orchestration.plan import Stage, arms, plan
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def stop(run_dir: Path, stage: Stage, reason: str) -> Record:
 
 
 def why_not_done(run_dir: Path, stage: Stage, record: Record | None) -> str | None:
-    """None if the stage is done, its outputs are there and its inputs are those it was run with; else the reason."""
+    """None if the stage is done, its outputs are what it wrote and its inputs what it read; else the reason."""
     if record is None or record.status == "pending":
         return (record.note if record else "") or "not run yet"
     if record.status == "running":
@@ -112,7 +112,20 @@ def why_not_done(run_dir: Path, stage: Stage, record: Record | None) -> str | No
     for name in sorted(now.keys() | record.inputs.keys()):
         if now.get(name) != record.inputs.get(name):
             return f"{name} changed"
-    return None
+    changed = changed_outputs(run_dir, stage, record)
+    return f"{changed[0]} is not what it wrote" if changed else None
+
+
+def changed_outputs(run_dir: Path, stage: Stage, record: Record) -> list[str]:
+    """What a stage that is done wrote and something else changed since; what is gone is not among it.
+
+    A stage's outputs are its own (one checkpoint of `target`, one file of an evaluation), so later stages do not change
+    them. Only the report's are left out: `megatron-bliss report` writes them again at any time.
+    """
+    if record.status != "done" or stage.command[0] == "report":
+        return []
+    now = digests(run_dir, tuple(path for path in stage.outputs if path.exists()))
+    return [name for name, found in now.items() if name in record.outputs and found != record.outputs[name]]
 
 
 def digests(run_dir: Path, paths: tuple[Path, ...]) -> dict[str, str | None]:
@@ -139,7 +152,8 @@ def prepare(config: RunConfig, run_dir: Path) -> None:
 
     How stages are launched (`launch.*`) is the machine's business and may change.
 
-    :raises UserError: naming every other setting that changed.
+    :raises UserError: naming every other setting that changed, or an output that is not what its stage wrote: called
+        again, a stage would take it for its own and leave it.
     """
     for arm in arms(config, run_dir):
         if not arm.paths.config.exists():
@@ -151,10 +165,17 @@ def prepare(config: RunConfig, run_dir: Path) -> None:
                 f"{arm.paths.root} was started with other settings ({'; '.join(changed)}): undo the change, or start "
                 "a new run with --run DIR"
             )
+    records = read_state(run_dir)
+    for stage in plan(config, run_dir):
+        if changed := changed_outputs(run_dir, stage, records.get(stage.name, Record())):
+            raise UserError(
+                f"{run_dir / changed[0]} is not what {stage.name} wrote; put that back, or start a new run with "
+                "--run DIR"
+            )
 
 
 def _name(run_dir: Path, path: Path) -> str:
-    """The path inside the run where it is inside, so that a run may be moved."""
+    """The path inside the run where it is inside, so that a run without controls may be moved."""
     return str(path.relative_to(run_dir) if path.is_relative_to(run_dir) else path)
 
 
