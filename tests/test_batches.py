@@ -90,6 +90,21 @@ def test_what_is_measured_on_windows_adds_up(sequence_length: int, batch_tokens:
     assert seen[-1] == 8 + 29 + 4 + 7
 
 
+def test_sequences_without_a_prediction_score_lowest() -> None:
+    from megatron_bliss.methods.perplexity import Perplexity
+    from megatron_bliss.stages.score import lowest_where_nothing_is_predicted
+
+    losses, lengths = np.array([0.0, 5.0, 2.0], dtype=np.float32), np.array([1, 9, 2])
+    for keep in ("low", "middle", "high"):
+        method = Perplexity(keep)
+        scores = lowest_where_nothing_is_predicted(method.from_output(losses), lengths)
+        assert scores.dtype == np.float32
+        assert scores[1:].tolist() == method.from_output(losses)[1:].tolist()
+        [finished] = method.finish([scores])
+        assert np.isfinite(finished).all()
+        assert finished.argmin() == 0
+
+
 def test_kernels_are_what_can_be_imported_on_a_gpu() -> None:
     from megatron_bliss.mcore.kernels import choose_kernels
 

@@ -1,6 +1,7 @@
 """What a training script reads when a selection lies between it and Megatron's datasets."""
 
 import json
+import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
@@ -213,6 +214,27 @@ def test_other_dataset_classes_are_refused(shards: list[str], tmp_path: Path) ->
 def test_flags_that_bypass_the_selection_are_refused_at_once(flag: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"{flag} cannot be used with a selection"):
         main(["--selection", str(tmp_path), str(PACKAGED_SCRIPT), flag])
+
+
+@pytest.mark.parametrize("ending", ["", "raise SystemExit(0)", "raise SystemExit(3)"])
+def test_a_script_that_passes_the_selection_over_is_refused(
+    ending: str, shards: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron_bliss.mcore import platform
+
+    monkeypatch.setattr(platform, "install", lambda: None)  # it would change torch for the tests after this one
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr("sys.argv", [])
+    monkeypatch.setattr("sys.path", list(sys.path))
+    select(tmp_path / "selection", every_third(shards))
+    (tmp_path / "script.py").write_text(ending)
+    words = ["--selection", str(tmp_path / "selection"), str(tmp_path / "script.py")]
+    with pytest.raises(SystemExit if "3" in ending else UserError, match="3" if "3" in ending else "did not read"):
+        main(words)
+    if not ending:
+        build_it = "from megatron_bliss.mcore.dataset import SelectedDatasetBuilder as B; B.is_used = True"
+        (tmp_path / "script.py").write_text(build_it)
+        main(words)
 
 
 def test_a_missing_script_is_named(tmp_path: Path) -> None:

@@ -77,9 +77,11 @@ class SelectedDatasetBuilder(BlendedMegatronDatasetBuilder):
     """Megatron's builder with the selection's datasets, and without training domains that were left empty."""
 
     selection: ClassVar[Selection]
+    is_used: ClassVar[bool] = False  # whether the script built its data with it
 
     def __init__(self, cls: type, sizes: list[int | None], is_built_on_rank: Any, config: Any) -> None:
         """:raises UserError: for a dataset class or configuration that cannot be narrowed."""
+        SelectedDatasetBuilder.is_used = True
         _refuse_config(config)
         if cls not in _SELECTED:
             raise UserError(
@@ -162,5 +164,14 @@ def _kept(ids: np.ndarray, start: int, stop: int) -> np.ndarray:
 
 def install(selection: Selection) -> None:
     """Put the selection between every script that is imported from now on and Megatron's datasets."""
-    SelectedDatasetBuilder.selection = selection
+    SelectedDatasetBuilder.selection, SelectedDatasetBuilder.is_used = selection, False
     megatron_builder.BlendedMegatronDatasetBuilder = SelectedDatasetBuilder
+
+
+def check_used(script: str) -> None:
+    """:raises UserError: if the script has ended without building its data through the selection."""
+    if not SelectedDatasetBuilder.is_used:
+        raise UserError(
+            f"{script} did not read selection {SelectedDatasetBuilder.selection.directory}: it builds its data without "
+            "Megatron's BlendedMegatronDatasetBuilder, so what it trained is not of the selection; use that class"
+        )

@@ -17,7 +17,7 @@ PACKAGED_SCRIPT = Path(__file__).with_name("pretrain_gpt.py")
 def run_script(script: Path, arguments: Sequence[str], selection: Path | None) -> None:
     """Run `script` as `__main__` with `arguments`; its training data is the selection, or all of it for None.
 
-    :raises UserError: if the script does not exist, an argument bypasses the selection, or the two do not fit together.
+    :raises UserError: if the script does not exist, it or an argument bypasses the selection, or the two do not fit.
     :raises SystemExit: where the script ends with one, as Megatron does at a phase transition (code 0).
     """
     if not script.is_file():
@@ -41,7 +41,22 @@ def run_script(script: Path, arguments: Sequence[str], selection: Path | None) -
     if added and os.environ["RANK"] == "0":
         print(f"> added for what this machine has: {' '.join(added)}", flush=True)
     sys.argv = [str(script), *arguments, *added]
-    runpy.run_path(str(script), run_name="__main__")
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    except SystemExit as ended:
+        if ended.code:
+            raise
+        _check_selection_used(script, selection)
+        raise
+    _check_selection_used(script, selection)
+
+
+def _check_selection_used(script: Path, selection: Path | None) -> None:
+    # other ranks of a tensor-parallel group need not build datasets
+    if selection is not None and os.environ["RANK"] == "0":
+        from megatron_bliss.mcore import dataset
+
+        dataset.check_used(str(script))
 
 
 def _describe_single_process() -> None:

@@ -64,10 +64,17 @@ def run(run_dir: Path, round_number: int) -> None:
         sequences = ShardSequences([(shards[chunk.record.name], chunk.ids)])
         on_progress = report.within(sequences.lengths) if report is not None else None
         scores = method.from_output(means(forward.totals(measure, sequences, on_progress)))
+        scores = lowest_where_nothing_is_predicted(scores, sequences.lengths)
         with agreed(context):
             if writer is not None and report is not None:
                 writer.write(chunk, scores)
                 report.finish(sequences.lengths)
+
+
+def lowest_where_nothing_is_predicted(scores: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Scores with the lowest finite float32 for sequences of fewer than two tokens, which no model can judge: float32
+    [n]. They come last in a selection, whatever the method keeps."""
+    return np.where(lengths < 2, np.finfo(np.float32).min, scores)
 
 
 @dataclass
