@@ -4,7 +4,9 @@ SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-PYTHON ?= $(shell tools/find_python.sh)
+PYTHON ?=
+NO_PYTHON = $(if $(PYTHON),PYTHON=$(PYTHON) is not a,No) Python >= 3.12 with venv and ensurepip$(if $(PYTHON),, was found on PATH or among pyenv's versions): \
+	install one (for example 'pyenv install 3.12', or python3-venv on Debian) or name it with 'make PYTHON=/path/to/python3.12'.
 
 .PHONY: help env demo demo-seeds test test-slow lint format bench clean
 
@@ -14,8 +16,9 @@ help:
 env: $(STAMP) ## make .venv with everything pinned in requirements.lock
 
 $(STAMP): requirements.lock pyproject.toml
-	@test -n "$(PYTHON)" || { echo "No Python >= 3.12 was found on PATH or among pyenv's versions: install one (for example 'pyenv install 3.12') or name it with 'make PYTHON=/path/to/python3.12'." >&2; exit 2; }
-	$(PYTHON) -m venv $(VENV)
+	@python=$$(tools/find_python.sh "$(PYTHON)"); \
+	test -n "$$python" || { echo "$(NO_PYTHON)" >&2; exit 2; }; \
+	echo "$$python -m venv $(VENV)"; "$$python" -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
