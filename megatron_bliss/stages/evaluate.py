@@ -16,7 +16,7 @@ from megatron_bliss.config import RunConfig, read_saved_config, warmup_run
 from megatron_bliss.data.inventory import Inventory
 from megatron_bliss.data.sampling import permute
 from megatron_bliss.data.seeds import derive
-from megatron_bliss.data.shards import verify_shard
+from megatron_bliss.data.shards import ShardRecord, verify_shard
 from megatron_bliss.data.slices import Slicing
 from megatron_bliss.data.validation import ValidationSet
 from megatron_bliss.mcore import checkpoint_files, checkpoints, parallel
@@ -83,11 +83,11 @@ def _tokens(config: RunConfig, iteration: int) -> int:
 def measured_sets(config: RunConfig, inventory: Inventory) -> dict[str, dict[str, Sequences]]:
     """The validation set, the test set if there is one, and the domains' held-out sequences, by kind and name.
 
-    :raises UserError: for a missing or changed shard.
+    :raises UserError: for a missing or changed shard or mask.
     """
     slicing = Slicing.of(config, inventory)
-    sets: dict[str, dict[str, Sequences]] = {"validation": {"": _validation(config.data.validation, config)}}
-    sets["test"] = {"": _validation(config.data.test, config)} if config.data.test else {}
+    sets: dict[str, dict[str, Sequences]] = {"validation": {"": _validation(inventory.validation, config)}}
+    sets["test"] = {"": _validation(inventory.test, config)} if inventory.test else {}
     sets["domain"] = {}
     for domain in config.data.pool:
         ids = slicing.held_out_ids(domain.name)
@@ -103,9 +103,9 @@ def measured_sets(config: RunConfig, inventory: Inventory) -> dict[str, dict[str
     return sets
 
 
-def _validation(prefix: str, config: RunConfig) -> ValidationSequences:
-    validation = ValidationSet.open(prefix)
-    return ValidationSequences(validation, _sample(len(validation), config, Path(prefix).name))
+def _validation(record: ShardRecord, config: RunConfig) -> ValidationSequences:
+    validation = ValidationSet.of(record)
+    return ValidationSequences(validation, _sample(len(validation), config, Path(record.prefix).name))
 
 
 def _sample(size: int, config: RunConfig, name: str) -> np.ndarray:
