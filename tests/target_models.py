@@ -6,6 +6,7 @@ As a program, `python -m tests.target_models RUN`: the evaluate stage after the 
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ def read_target(rank: int, run: Path) -> dict[str, Any]:
         "spread": float(found.std()),
         "frozen": not any(parameter.requires_grad for parameter in target.parameters()) and not target.training,
         "refusals": _refusals(paths.warmup_target, config, context),
+        "changed": _changed(checkpoint_files.find(paths.warmup_target), config, target),
         "losses": _losses(paths.evaluation(0) / "decay", config, context),
     }
 
@@ -73,6 +75,30 @@ def _refusals(directory: Path, config: RunConfig, context: ParallelContext) -> l
             messages.append("loaded")
         except UserError as error:
             messages.append(str(error))
+    return messages
+
+
+def _changed(checkpoint: Path, config: RunConfig, target: Any) -> list[str]:
+    """What is said of the checkpoint's arguments and parameters with one of them changed."""
+    from megatron.core import dist_checkpointing
+
+    arguments = vars(dist_checkpointing.load_common_state_dict(str(checkpoint))["args"])
+    stored = dist_checkpointing.load_tensors_metadata(str(checkpoint))
+    messages = []
+    for change in ({"layernorm_epsilon": 0.1}, {"squared_relu": True}, {"qk_layernorm": True}, {"kv_channels": ...}):
+        changed = {name: value for name, value in (arguments | change).items() if value is not ...}
+        try:
+            checkpoints.check_arguments(
+                SimpleNamespace(**changed), config.target.model, config.data.tokenizer.vocab_size, checkpoint
+            )
+            messages.append("passed")
+        except UserError as error:
+            messages.append(str(error))
+    try:
+        checkpoints.check_parameters([*stored, "decoder.layers.self_attention.q_layernorm.weight"], target, checkpoint)
+        messages.append("passed")
+    except UserError as error:
+        messages.append(str(error))
     return messages
 
 

@@ -49,6 +49,12 @@ def test_another_architecture_or_vocabulary_is_refused(found: dict[str, Any]) ->
         assert f"has {part}" in message
 
 
+def test_arguments_and_parameters_of_another_function_are_refused(found: dict[str, Any]) -> None:
+    expected = ["layernorm_epsilon 0.1", "squared_relu True", "qk_layernorm True", "kv_channels nowhere"]
+    for message, part in zip(found["changed"], [*expected, "parameters that"], strict=True):
+        assert f"has {part}" in message
+
+
 def test_evaluation_is_the_mean_over_all_tokens(run: Path, found: dict[str, Any]) -> None:
     results = json.loads((run / "round-0000/evaluation/results.json").read_text())
     assert results["schema"] == 1

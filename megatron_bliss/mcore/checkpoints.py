@@ -11,7 +11,7 @@ import logging
 import os
 import pickle
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
@@ -119,6 +119,8 @@ def load_target(directory: Path, context: ParallelContext, model: ModelConfig, v
     path = find(directory)
     _check_architecture(path, model, vocab_size)
     target = build_language_model(model, vocab_size, context).requires_grad_(False).eval()
+    with _only_data(path):
+        check_parameters(dist_checkpointing.load_tensors_metadata(str(path)), target, path)
     _load_parameters(target, _read({MODEL: target.sharded_state_dict()}, path)[MODEL], "")
     return target
 
@@ -169,13 +171,35 @@ def _check_architecture(path: Path, model: ModelConfig, vocab_size: int) -> None
         arguments = dist_checkpointing.load_common_state_dict(str(path)).get("args")
     if arguments is None:
         raise UserError(f"{path} was not saved by Megatron's pretrain(): it holds no arguments")
+    check_arguments(arguments, model, vocab_size, path)
+
+
+# Arguments that change what is computed and that no model here uses: off in its checkpoints, absent in those of a
+# Megatron that did not know them yet.
+_UNUSED_ARGUMENTS = (
+    *("layernorm_zero_centered_gamma", "apply_layernorm_1p", "apply_residual_connection_post_layernorm"),
+    *("qk_layernorm", "qk_l2_norm", "attention_output_gate", "multi_latent_attention", "window_size", "no_rope_freq"),
+    *("experimental_attention_variant", "linear_attention_freq", "use_rope_scaling", "rotary_interleaved"),
+    *("rotary_seq_len_interpolation_factor", "squared_relu", "quick_geglu", "openai_gelu", "glu_linear_offset"),
+    *("activation_func_clamp_value", "num_experts", "use_mup", "is_hybrid_model", "heterogeneous_layers_config_path"),
+)
+
+
+def check_arguments(arguments: Any, model: ModelConfig, vocab_size: int, path: Path) -> None:
+    """:param arguments: of Megatron's trainer, as the checkpoint `path` holds them.
+
+    :raises UserError: if they describe another function than the settings.
+    """
     architecture = resolve(model)
     expected = {
         "num_layers": architecture.num_layers,
         "hidden_size": architecture.hidden_size,
         "ffn_hidden_size": architecture.ffn_hidden_size,
         "num_attention_heads": architecture.num_attention_heads,
+        "kv_channels": architecture.head_size,
         "normalization": architecture.normalization,
+        # the second in older versions
+        "layernorm_epsilon" if hasattr(arguments, "layernorm_epsilon") else "norm_epsilon": architecture.norm_epsilon,
         "swiglu": architecture.activation == "swiglu",
         "add_bias_linear": architecture.bias,
         "position_embedding_type": "rope",
@@ -184,15 +208,34 @@ def _check_architecture(path: Path, model: ModelConfig, vocab_size: int) -> None
         "untie_embeddings_and_output_weights": True,
         "padded_vocab_size": padded_vocab_size(vocab_size),
     }
-    if getattr(arguments, "group_query_attention", False):
+    is_grouped = architecture.num_query_groups != architecture.num_attention_heads
+    if is_grouped or getattr(arguments, "group_query_attention", False):
         expected["num_query_groups"] = architecture.num_query_groups
-    for name, value in expected.items():
-        found = getattr(arguments, name, value)
-        if found != value:
+    if not architecture.bias:  # biases of all linear layers include those of the queries, keys and values
+        expected["add_qkv_bias"] = False
+    found = {name: getattr(arguments, name, "nowhere") for name in expected}
+    found |= {name: getattr(arguments, name, None) or None for name in _UNUSED_ARGUMENTS}
+    found["softmax_type"] = getattr(arguments, "softmax_type", "vanilla")
+    for name, value in found.items():
+        if value != (wanted := (expected | {"softmax_type": "vanilla"}).get(name)):
             raise UserError(
-                f"checkpoint {path} has {name} {found}, the settings of target.model and data.tokenizer ask for "
-                f"{value}; change them, or name another checkpoint"
+                f"checkpoint {path} has {name} {value}, the settings of target.model and data.tokenizer ask for "
+                f"{wanted}; change them, or name another checkpoint"
             )
+
+
+def check_parameters(stored: Iterable[str], model: torch.nn.Module, path: Path) -> None:
+    """:param stored: names of all tensors in the checkpoint `path`.
+
+    :raises UserError: if some are parameters that the model has not got.
+    """
+    known = {place.key for place in model.sharded_state_dict().values()}  # type: ignore[operator]
+    more = sorted(name for name in stored if "optimizer" not in name.split(".") and name not in known)
+    if more:
+        raise UserError(
+            f"checkpoint {path} has parameters that the model of target.model lacks ({', '.join(more[:3])}); change "
+            "the settings, or name another checkpoint"
+        )
 
 
 # Modules whose records (dataclasses and enums) torch_dist's table of contents is made of.
