@@ -96,8 +96,8 @@ def bilevel_flops_per_step(config: RunConfig) -> float:
     validation = bilevel.validation_batch_size * length * _training_flops_per_token(config, proxy=True)
     product = _HESSIAN_PRODUCT[bilevel.curvature]
     if bilevel.curvature == "finite-difference" and bilevel.solver == "averaged":
-        # one pair of displaced gradients is the last inner step, the product and g_i at once
-        passes = bilevel.inner_steps - 1 + product * bilevel.z_steps
+        # one pair of displaced gradients is the product and g_i at once, and in float32 the last inner step
+        passes = bilevel.inner_steps + product * bilevel.z_steps - (1 if _shares_gradient(config) else 0)
     else:
         passes = bilevel.inner_steps + product * bilevel.z_steps + 2 * _FORWARD
     passes += 1 + _FORWARD  # score model: weights, then its own step
@@ -121,8 +121,13 @@ def _target_passes(config: RunConfig) -> int:
     if bilevel.batch_size <= bilevel.micro_batch_size * ranks:
         return 1  # a single micro-batch's logits are kept
     products = bilevel.z_steps if bilevel.curvature != "none" else 0
-    shared = bilevel.curvature == "finite-difference" and bilevel.solver == "averaged"
-    return bilevel.inner_steps + products - (1 if shared else 0)
+    return bilevel.inner_steps + products - (1 if _shares_gradient(config) else 0)
+
+
+def _shares_gradient(config: RunConfig) -> bool:
+    """Whether the last inner step's gradient comes with the curvature product."""
+    bilevel = config.bilevel
+    return bilevel.curvature == "finite-difference" and bilevel.solver == "averaged" and not config.proxy.model.bf16
 
 
 def _training_flops_per_token(config: RunConfig, proxy: bool) -> int:
