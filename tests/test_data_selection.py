@@ -180,7 +180,7 @@ def test_scores_are_resumed_by_chunk_and_read_back(tmp_path: Path) -> None:
     chunks = list(writer.pending())
     for chunk in (chunks[2], chunks[0]):  # in any order
         writer.write(chunk, chunk.ids.astype(np.float32))
-    assert (writer.num_scored, writer.num_wanted, writer.complete) == (6, 14, False)
+    assert (writer.num_scored, writer.num_wanted) == (6, 14)
     with pytest.raises(UserError, match="6 of 10 sequences of a are scored"):
         ScoreFiles(tmp_path)
 
@@ -188,7 +188,7 @@ def test_scores_are_resumed_by_chunk_and_read_back(tmp_path: Path) -> None:
     assert [(chunk.record.name, chunk.number) for chunk in writer.pending()] == [("a", 1), ("b", 0)]
     for chunk in writer.pending():
         writer.write(chunk, chunk.ids.astype(np.float32))
-    assert writer.complete
+    assert writer.num_scored == writer.num_wanted
     assert not list(open_writer(tmp_path, records, wanted, "m").pending())
 
     files = ScoreFiles(tmp_path)

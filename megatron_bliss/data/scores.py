@@ -139,12 +139,6 @@ class ScoreWriter:
     def num_wanted(self) -> int:
         return sum(shard["num_wanted"] for shard in self._manifest["shards"].values())
 
-    @property
-    def complete(self) -> bool:
-        return all(shard["complete"] for shard in self._manifest["shards"].values())
-
-
-class ScoreFiles:
     """Finished score files, opened for reading.
 
     :raises UserError: if they are missing or unfinished.

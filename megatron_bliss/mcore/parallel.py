@@ -57,7 +57,7 @@ def initialize(tensor_parallel: int, sequence_parallel: bool, seed: int) -> Para
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        backend = platform.backend()
         if "MASTER_ADDR" in os.environ and "RANK" in os.environ:
             dist.init_process_group(backend)
         else:
@@ -75,7 +75,7 @@ def initialize(tensor_parallel: int, sequence_parallel: bool, seed: int) -> Para
         tp_size=parallel_state.get_tensor_model_parallel_world_size(),
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
-        device=torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu"),
+        device=platform.device(),
         sequence_parallel=sequence_parallel and tensor_parallel > 1,
     )
 

@@ -64,10 +64,12 @@ def run(run_dir: Path, round_number: int | None) -> None:
         blend_policy=config.selection.blend,
         sources=sources,
     )
-    counts = Selection.open(directory).counts
+    selection = Selection.open(directory)
+    counts, dropped = selection.counts, selection.dropped
     print(
         f"[{'warmup-select' if round_number is None else 'select'}] {method.name} keeps {counts.kept_sequences} of "
-        f"{counts.slice_sequences} sequences, {counts.kept_tokens} of {counts.slice_tokens} tokens",
+        f"{counts.slice_sequences} sequences, {counts.kept_tokens} of {counts.slice_tokens} tokens"
+        + (f"; nothing of {', '.join(dropped)}, left out of the blend" if dropped else ""),
         flush=True,
     )
 
