@@ -139,6 +139,8 @@ class ScoreWriter:
     def num_wanted(self) -> int:
         return sum(shard["num_wanted"] for shard in self._manifest["shards"].values())
 
+
+class ScoreFiles:
     """Finished score files, opened for reading.
 
     :raises UserError: if they are missing or unfinished.
