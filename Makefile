@@ -44,7 +44,7 @@ format: env ## let ruff rewrite the files
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: env ## all benchmarks, or one: make bench NAME=bilevel
+bench: env ## all benchmarks, or one: make bench NAME=topk
 	$(BIN)/python -m tests.benchmarks $(NAME)
 
 clean:
