@@ -397,6 +397,8 @@ def test_killed_launchers_leave_nothing_behind_and_the_next_one_goes_on(
 def test_leftovers_of_a_killed_run_are_ended_first(tmp_path: Path, behaviour: dict[str, Any]) -> None:
     run = tmp_path / "run"
     leftover = subprocess.Popen(["sleep", "60"], env=os.environ | {RUN_VARIABLE: str(run)})
+    # a process that is just being started has no environment to be seen yet
+    wait_for(lambda: RUN_VARIABLE in psutil.Process(leftover.pid).environ())
     local.run(fake_config(rounds=1, controls=[]), run, command=fake_command(behaviour))
     assert not psutil.pid_exists(leftover.pid)
 
