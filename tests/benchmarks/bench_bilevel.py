@@ -1,0 +1,256 @@
+"""One outer step of the engine beside the authors' loop (`reference_loop.py`): seconds, phases, memory.
+
+Both sides have the same models, batch and inner steps and two threads, each in a process of its own; the engine has the
+defaults of `BilevelConfig`. Seconds are the median of REPEATS steps after WARM_UP. Memory is the peak of the resident
+set over all steps above what is resident before the first one, when the models are built (VmHWM in /proc/self/status,
+set back at that point). `memory_ratio` is that of the authors' loop as it is, `memory_ratio_plain_target` that of one
+whose target builds no graph.
+
+`tp2_ok`: on two tensor-parallel processes of one thread each the engine takes the steps it takes on one: losses agree
+within LOSS_TOLERANCE, the coefficients c_i and the norm of the hypergradient Σ c_i ∇s_i within
+HYPERGRADIENT_TOLERANCE, relative.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+
+from megatron_bliss.bilevel import loop as loop_module
+from megatron_bliss.bilevel.curvature import make_curvature
+from megatron_bliss.bilevel.loop import BilevelLoop
+from megatron_bliss.config import BilevelConfig, ModelConfig
+from megatron_bliss.mcore import models, parallel
+from megatron_bliss.mcore.batches import Batch, make_batch
+from megatron_bliss.mcore.lower_level import MegatronLowerLevel, MegatronUpperLevel, MicroBatch, micro_batches
+from megatron_bliss.mcore.parallel import ParallelContext
+from megatron_bliss.mcore.score_model import build_score_model
+from megatron_bliss.stages.bilevel import loop_settings, make_solver
+from tests.benchmarks.reference_loop import Models, Phases, ReferenceLoop, Settings
+from tests.distributed import run_ranks
+
+WARM_UP, REPEATS, THREADS = 2, 7, 2
+LABELLED = 4  # last tokens of a validation sequence that carry loss: the answer
+LOSS_TOLERANCE, HYPERGRADIENT_TOLERANCE = 1e-4, 2e-2
+
+
+@dataclass(frozen=True)
+class Size:
+    proxy: ModelConfig
+    target: ModelConfig
+    vocab_size: int
+    length: int  # predicted tokens of a sequence
+    batch: int  # sequences, of the pool and of the validation set
+
+
+SIZES = {
+    "S": Size(  # proxy 1.3 M parameters, target 7.4 M
+        ModelConfig(preset="small"),
+        ModelConfig(preset="small", num_layers=8, hidden_size=256, num_attention_heads=8),
+        vocab_size=2048, length=128, batch=8,
+    ),
+    "M": Size(  # 13 M, 55 M
+        ModelConfig(preset="pythia-31m"),
+        ModelConfig(preset="pythia-70m", num_layers=12),
+        vocab_size=16384, length=256, batch=4,
+    ),
+}  # fmt: skip
+
+
+def measure() -> dict[str, Any]:
+    results: dict[str, Any] = {name: compare(size) for name, size in SIZES.items()}
+    alone, shared = (run(engine, SIZES["S"], tensor_parallel) for tensor_parallel in (1, 2))
+    loss_error, hypergradient_error = differences(alone, shared)
+    results["tp2_ok"] = loss_error < LOSS_TOLERANCE and hypergradient_error < HYPERGRADIENT_TOLERANCE
+    results["tp2"] = {"loss_error": loss_error, "hypergradient_error": hypergradient_error, **shown(shared)}
+    return results
+
+
+def compare(size: Size, repeats: int = REPEATS) -> dict[str, Any]:
+    sides = {
+        "reference": run(authors, size, repeats=repeats),
+        "reference_plain_target": run(partial(authors, target_graph=False), size, repeats=repeats),
+        "engine": run(engine, size, repeats=repeats),
+        "engine_bf16_target": run(engine, replace(size, target=replace(size.target, bf16=True)), repeats=repeats),
+    }
+    reference, ours = sides["reference"], sides["engine"]
+    return {
+        "reference_s": reference["seconds"],
+        "engine_s": ours["seconds"],
+        "speedup": reference["seconds"] / ours["seconds"],
+        "speedup_bf16_target": reference["seconds"] / sides["engine_bf16_target"]["seconds"],
+        "memory_ratio": ours["peak_mb"] / reference["peak_mb"],
+        "memory_ratio_plain_target": ours["peak_mb"] / sides["reference_plain_target"]["peak_mb"],
+    } | {name: shown(side) for name, side in sides.items()}
+
+
+def shown(side: dict[str, Any]) -> dict[str, Any]:
+    """What the table and the JSON hold of a process."""
+    return {name: side[name] for name in ("seconds", "seconds_all", "phases", "resident_mb", "peak_mb")}
+
+
+def run(
+    side: Callable[..., dict[str, Any]], size: Size, tensor_parallel: int = 1, repeats: int = REPEATS
+) -> dict[str, Any]:
+    """What `side` finds on the first of `tensor_parallel` fresh processes."""
+    found: dict[str, Any] = run_ranks(_rank, tensor_parallel, tensor_parallel, side, size, repeats, timeout=900)[0]
+    return found
+
+
+def _rank(
+    rank: int, tensor_parallel: int, side: Callable[..., dict[str, Any]], size: Size, repeats: int
+) -> dict[str, Any]:
+    context = parallel.initialize(tensor_parallel, False, seed=0)
+    torch.set_num_threads(THREADS // tensor_parallel)
+    return side(size, context, repeats)
+
+
+def authors(size: Size, context: ParallelContext, repeats: int, target_graph: bool = True) -> dict[str, Any]:
+    proxy, target, score = build(size, context)
+    settings, ours = Settings(target_graph=target_graph), BilevelConfig()
+    assert settings.inner_steps == ours.inner_steps
+
+    def logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+        return models.logits(model, tokens)[..., : size.vocab_size]
+
+    loop = ReferenceLoop(Models(proxy, partial(logits, proxy), partial(logits, target), score, score), settings)
+
+    def step(number: int) -> None:
+        loop.step(*(whole_batch(size, context, number, is_validation) for is_validation in (False, True)))
+
+    return timed(step, loop.phases, repeats)
+
+
+def engine(size: Size, context: ParallelContext, repeats: int) -> dict[str, Any]:
+    """Timings, and the losses and hypergradient of the last step."""
+    proxy, target, score = build(size, context)
+    settings = BilevelConfig(batch_size=size.batch, validation_batch_size=size.batch)
+    lower = MegatronLowerLevel(
+        proxy, target.requires_grad_(False), context, size.vocab_size, settings.gamma, settings.kl_direction
+    )
+    upper = MegatronUpperLevel(score, context)
+    loop: BilevelLoop[MicroBatch] = BilevelLoop(
+        lower,
+        upper,
+        make_curvature(settings.curvature, lower.space),
+        make_solver(settings, lower.space),
+        loop_settings(settings),
+    )
+    phases, last = Phases(), {}
+
+    def step(number: int) -> None:
+        batches = [
+            micro_batches(split(whole_batch(size, context, number, is_validation), settings.micro_batch_size), context)
+            for is_validation in (False, True)
+        ]
+        last.update(loop.step(*batches))
+
+    def kept(gradient: Callable[..., Any], upper: Any, batches: Any, logits: Any, coefficients: torch.Tensor) -> Any:
+        last["coefficients"] = coefficients.tolist()
+        return gradient(upper, batches, logits, coefficients)
+
+    with (
+        watched(loop, target, phases),
+        patch.object(loop_module, "score_gradient", partial(kept, loop_module.score_gradient)),
+    ):
+        return timed(step, phases, repeats) | {"last": last}
+
+
+@contextmanager
+def watched(loop: Any, target: torch.nn.Module, phases: Phases) -> Iterator[None]:
+    """Count the loop's parts by phase."""
+    parts = [
+        (loop_module, "score_logits", "score model"),
+        (loop_module, "score_gradient", "score model"),
+        (loop.curvature, "evaluate", "inner gradient, product and g_i"),
+        (loop.curvature, "product", "further products"),
+        (target, "forward", "target forward"),
+        (loop.lower, "add_validation_gradient", "validation gradient"),
+        (loop.solver, "step", "solver"),
+        (loop.proxy_optimizer, "step", "update"),
+        (loop.score_optimizer, "step", "update"),
+    ]
+    with ExitStack() as patches:
+        for owner, name, phase in parts:
+            patches.enter_context(patch.object(owner, name, counted(getattr(owner, name), phases, phase)))
+        yield
+
+
+def counted(function: Callable[..., Any], phases: Phases, phase: str) -> Callable[..., Any]:
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        with phases(phase):
+            return function(*args, **kwargs)
+
+    return wrapper
+
+
+def build(size: Size, context: ParallelContext) -> tuple[Any, Any, Any]:
+    """Proxy, target and score model with a head that is not zero, the same for every side and layout."""
+    proxy = models.build_language_model(size.proxy, size.vocab_size, context)
+    target = models.build_language_model(size.target, size.vocab_size, context)
+    score = build_score_model(size.proxy, size.vocab_size, context)
+    head = score.score_head.weight
+    with torch.no_grad():
+        head.copy_(torch.randn(head.shape, generator=torch.Generator().manual_seed(0)) / 10)
+    return proxy, target, score
+
+
+def whole_batch(size: Size, context: ParallelContext, number: int, is_validation: bool) -> Batch:
+    random = np.random.default_rng([number, is_validation])
+    rows = list(random.integers(0, size.vocab_size, (size.batch, size.length + 1)))
+    masks = [np.arange(size.length + 1) > size.length - LABELLED for _ in rows] if is_validation else None
+    return make_batch(rows, context.device, loss_masks=masks)
+
+
+def split(batch: Batch, micro_batch_size: int) -> list[Batch]:
+    parts = (field.split(micro_batch_size) for field in (batch.tokens, batch.labels, batch.loss_mask, batch.lengths))
+    return [Batch(*part) for part in zip(*parts, strict=True)]
+
+
+def timed(step: Callable[[int], None], phases: Phases, repeats: int) -> dict[str, Any]:
+    """Seconds a step, MB.
+
+    :param step: takes its 0-based number.
+    """
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark is what is resident now
+    resident = memory_mb("VmRSS")
+    seconds = []
+    for number in range(WARM_UP + repeats):
+        if number == WARM_UP:
+            phases.seconds.clear()
+        began = time.perf_counter()
+        step(number)
+        seconds.append(time.perf_counter() - began)
+    return {
+        "seconds": statistics.median(seconds[WARM_UP:]),
+        "seconds_all": sorted(seconds[WARM_UP:]),
+        "phases": {name: total / repeats for name, total in phases.seconds.items()},
+        "resident_mb": resident,
+        "peak_mb": memory_mb("VmHWM") - resident,
+    }
+
+
+def memory_mb(name: str) -> float:
+    """:param name: VmRSS, what is resident; VmHWM, its high-water mark."""
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:")]
+    return int(line.split()[1]) * 1024 / 1e6
+
+
+def differences(alone: dict[str, Any], shared: dict[str, Any]) -> tuple[float, float]:
+    """Largest relative error of the losses, and of the hypergradient, in the last step."""
+    one, two = alone["last"], shared["last"]
+
+    def error(name: str) -> float:
+        expected = np.asarray(one[name])
+        return float(np.linalg.norm(two[name] - expected) / np.linalg.norm(expected))
+
+    losses = ("train_loss", "validation_loss", "weighted_loss", "kl")
+    return max(map(error, losses)), max(map(error, ("coefficients", "score_gradient_norm")))
