@@ -85,6 +85,10 @@ class RunPaths:
     def selection(self, number: int) -> Path:
         return self.round(number) / "selection"
 
+    def indices(self, number: int) -> Path:
+        """Which index files were built ahead for a round; 0 is the warm-up."""
+        return (self.round(number) if number else self.root / "warmup") / "indices.json"
+
     def evaluation(self, number: int) -> Path:
         return self.round(number) / "evaluation"
 

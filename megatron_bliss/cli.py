@@ -141,6 +141,17 @@ def select(run_dir: RunOption, number: RoundOption) -> None:
 
 
 @app.command(rich_help_panel=_STAGES)
+def prepare(
+    run_dir: RunOption,
+    number: Annotated[int, typer.Option("--round", min=0, help="Number of the round; 0 is the warm-up.")],
+) -> None:
+    """Build Megatron's index files for the round's training, without a GPU."""
+    from megatron_bliss.stages import prepare as stage
+
+    stage.run(run_dir, number)
+
+
+@app.command(rich_help_panel=_STAGES)
 def pretrain(run_dir: RunOption, number: RoundOption) -> None:
     """Continue the LLM on the round's selection, by Megatron's own trainer."""
     from megatron_bliss.stages import pretrain as stage

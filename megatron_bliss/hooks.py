@@ -3,6 +3,7 @@
     torchrun … -m megatron_bliss.hooks --selection DIR path/to/pretrain_gpt.py ARGS…
 
 Without --selection the script reads all of its data; on a machine without a GPU it runs on the CPU either way.
+With --prepare-only, in one process, it only builds the index files that the training will look for.
 """
 
 import argparse
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from megatron_bliss.data.selection import Selection
 from megatron_bliss.errors import UserError, user_errors
+from megatron_bliss.mcore.build_ahead import build_ahead
 from megatron_bliss.mcore.script import run_script
 
 
@@ -25,9 +27,16 @@ def main(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--selection", type=Path, metavar="DIR", help="what to train on; all data where not given")
     parser.add_argument("--verify", action="store_true", help="print what would be read, and stop")
+    parser.add_argument(
+        "--prepare-only", action="store_true", help="build the data's index files in --data-cache-path, and stop"
+    )
     parser.add_argument("script", type=Path, metavar="SCRIPT")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGS")
     given = parser.parse_args(arguments)
+    if given.prepare_only:
+        built = build_ahead(given.script, given.arguments, given.selection)
+        print(f"{len(built)} index files are in {built[0].parent}", flush=True)
+        return
     if not given.verify:
         run_script(given.script, given.arguments, given.selection)
         return

@@ -298,7 +298,7 @@ def test_a_terminal_gets_bars_and_a_line_for_each_stage_that_is_done(tmp_path: P
     for stage in plan(config, tmp_path):
         assert f"✓ {stage.name} done in 0:00:0" in shown
     assert re.search(r"inventory +━.+5/10 0:00:0\d 1.2k tokens/s \| ETA", shown)
-    assert "next: warmup-select, warmup-target, round-0001/select, round-0001/pretrain and 2 more" in shown
+    assert "next: warmup-select, warmup-prepare, round-0001/select, warmup-target and 4 more" in shown
 
 
 def test_independent_stages_run_side_by_side(tmp_path: Path, behaviour: dict[str, Any]) -> None:

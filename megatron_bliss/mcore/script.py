@@ -5,7 +5,7 @@ import os
 import runpy
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_bliss.errors import UserError
@@ -14,9 +14,12 @@ from megatron_bliss.mcore.arguments import refuse_flags
 PACKAGED_SCRIPT = Path(__file__).with_name("pretrain_gpt.py")
 
 
-def run_script(script: Path, arguments: Sequence[str], selection: Path | None) -> None:
+def run_script(
+    script: Path, arguments: Sequence[str], selection: Path | None, before: Callable[[], None] | None = None
+) -> None:
     """Run `script` as `__main__` with `arguments`; its training data is the selection, or all of it for None.
 
+    :param before: called when Megatron can be imported, and the script has not been yet.
     :raises UserError: if the script does not exist, it or an argument bypasses the selection, or the two do not fit.
     :raises SystemExit: where the script ends with one, as Megatron does at a phase transition (code 0).
     """
@@ -37,6 +40,8 @@ def run_script(script: Path, arguments: Sequence[str], selection: Path | None) -
         from megatron_bliss.mcore import dataset
 
         dataset.install(Selection.open(selection))
+    if before is not None:
+        before()
     added = platform.training_flags(arguments)
     if added and os.environ["RANK"] == "0":
         print(f"> added for what this machine has: {' '.join(added)}", flush=True)

@@ -24,6 +24,8 @@ _HESSIAN_PRODUCT = {"none": 0.0, "finite-difference": 2.0, "exact": 3.0}  # forw
 _BYTES_PER_PARAMETER = {False: 16, True: 18}  # float32 weights and Adam's moments as saved; True: bf16 weights on top
 _WIDTH = 120  # of the table where there is no terminal
 _SCORE_BYTES = _ID_BYTES = 4  # float32, int32
+_SAMPLE_BYTES = 12  # of Megatron's sample index (2 × int32) and shuffle index (uint32)
+_BLEND_BYTES = 10  # of its index of a blend (int16, int64)
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,9 @@ def arm_costs(arm: Arm, pool: PoolSize | None) -> dict[str, Cost]:
     costs = {
         arm.stage_name("inventory"): Cost(*_size(pool)),
         arm.stage_name("warmup-select"): _select(pool, one_slice, config.warmup.fraction),
+        arm.stage_name("warmup-prepare"): _prepare(
+            config, one_slice, config.warmup.fraction, config.warmup.target_steps
+        ),
         arm.stage_name("warmup-target"): _pretrain(config, config.warmup.target_steps),
         arm.stage_name("warmup-proxy"): _warmup_proxy(config),
     }
@@ -84,6 +89,9 @@ def arm_costs(arm: Arm, pool: PoolSize | None) -> dict[str, Cost]:
         if arm.method.scored_by != "none":
             costs[arm.stage_name("score", number)] = _score(config, pool, one_slice)
         costs[arm.stage_name("select", number)] = _select(pool, one_slice, config.selection.fraction)
+        costs[arm.stage_name("prepare", number)] = _prepare(
+            config, one_slice, config.selection.fraction, config.round_steps
+        )
         costs[arm.stage_name("pretrain", number)] = _pretrain(config, config.round_steps)
         costs[arm.stage_name("evaluate", number)] = _evaluate(config)
     return costs
@@ -171,6 +179,18 @@ def _select(pool: PoolSize | None, one_slice: PoolSize | None, fraction: float) 
         return Cost(None, None, 0.0, None)
     kept = one_slice.part(fraction)
     return Cost(kept.num_sequences, kept.num_tokens, 0.0, kept.num_sequences * _ID_BYTES)
+
+
+def _prepare(config: RunConfig, one_slice: PoolSize | None, fraction: float, steps: int) -> Cost:
+    """An entry for each kept sequence in each epoch, and for each sample of the epochs that the steps need."""
+    if one_slice is None:
+        return Cost(None, None, 0.0, None)
+    kept, drawn = one_slice.part(fraction), steps * config.target.global_batch_size
+    tokens = max(kept.num_tokens, 1)
+    epochs = max(-(-drawn * config.data.sequence_length // tokens), 1)
+    disk = epochs * kept.num_sequences * _ID_BYTES + drawn * _BLEND_BYTES
+    disk += epochs * tokens // config.data.sequence_length * _SAMPLE_BYTES
+    return Cost(kept.num_sequences, kept.num_tokens, 0.0, disk)
 
 
 def _pretrain(config: RunConfig, steps: int) -> Cost:

@@ -123,11 +123,12 @@ def _warmup(arm: Arm, with_proxy: bool) -> list[Stage]:
     stages = [_stage(arm, "warmup-select", needs=["inventory"], inputs=inventory, output=selection, distributed=False)]
     if arm.config.warmup.target_steps:
         span = (0, arm.config.round_end(0))
+        stages.append(_prepare(arm, 0, after[0], selection))
         stages.append(
             _stage(
                 arm,
                 "warmup-target",
-                needs=after,
+                needs=[*after, stages[-1].name],
                 inputs=[selection],
                 output=arm.paths.warmup_target,
                 iterations=span,
@@ -136,6 +137,17 @@ def _warmup(arm: Arm, with_proxy: bool) -> list[Stage]:
     if with_proxy:
         stages.append(_stage(arm, "warmup-proxy", needs=after, inputs=[selection], output=arm.paths.warmup_proxy))
     return stages
+
+
+def _prepare(arm: Arm, number: int, select: str, selection: Path) -> Stage:
+    """:param number: of the round; 0 for the warm-up.
+    :param select: name of the stage that makes the selection.
+    """
+    indices = arm.paths.indices(number)
+    stage = _stage(
+        arm, "prepare", needs=[select], inputs=[selection], output=indices, round_number=number, distributed=False
+    )
+    return stage if number else replace(stage, name=arm.stage_name("warmup-prepare"))
 
 
 def _round(arm: Arm, number: int, earlier: set[str]) -> list[Stage]:
@@ -174,10 +186,11 @@ def _round(arm: Arm, number: int, earlier: set[str]) -> list[Stage]:
             round_number=number,
             distributed=False,
         ),
+        _prepare(arm, number, arm.stage_name("select", number), selection),
         _stage(
             arm,
             "pretrain",
-            needs=[arm.stage_name("select", number), *after_target],
+            needs=[arm.stage_name("select", number), arm.stage_name("prepare", number), *after_target],
             inputs=[selection, *target],
             output=trained,
             round_number=number,

@@ -29,10 +29,8 @@ def run(run_dir: Path, round_number: int) -> None:
     """
     paths = RunPaths(Path(run_dir))
     config = read_saved_config(paths.config)
-    if round_number == 0:
-        save, selection, start = paths.warmup_target, paths.warmup_selection, None
-    else:
-        save, selection, start = paths.target, paths.selection(round_number), warmup_run(config, paths).warmup_target
+    save, selection = line_and_selection(paths, round_number)
+    start = warmup_run(config, paths).warmup_target if round_number else None
     end = config.round_end(round_number)
     _remember_selection(save, round_number, selection)
     resumed = read_iteration(save)
@@ -43,6 +41,13 @@ def run(run_dir: Path, round_number: int) -> None:
     load = save if resumed is not None else start if config.warmup.target_steps else None
     files = Files(_data_file(save), paths.index_cache, save, load)
     _train(config, selection, files, training_arguments(config, files), end)
+
+
+def line_and_selection(paths: RunPaths, round_number: int) -> tuple[Path, Path]:
+    """Directories of the checkpoints that a round adds to, and of the selection that it trains on."""
+    if round_number == 0:
+        return paths.warmup_target, paths.warmup_selection
+    return paths.target, paths.selection(round_number)
 
 
 def decay_branch(run_dir: Path, round_number: int) -> Path:
@@ -57,10 +62,7 @@ def decay_branch(run_dir: Path, round_number: int) -> Path:
     paths = RunPaths(Path(run_dir))
     config = read_saved_config(paths.config)
     start = config.round_end(round_number)
-    if round_number == 0:
-        trunk, selection = warmup_run(config, paths).warmup_target, warmup_run(config, paths).warmup_selection
-    else:
-        trunk, selection = paths.target, paths.selection(round_number)
+    trunk, selection = line_and_selection(paths if round_number else warmup_run(config, paths), round_number)
     if config.evaluation.decay_steps == 0:
         return iteration_path(trunk, start)
     save, end = paths.evaluation(round_number) / "decay", start + config.evaluation.decay_steps
@@ -110,9 +112,7 @@ def _data_file(save: Path) -> Path:
 
 def _train(config: RunConfig, selection: Path, files: Files, arguments: Sequence[str], end: int) -> None:
     if _is_first():
-        blends = split_blends(Selection.open(selection).blend, config.data.validation)
-        with atomic_write(files.data, "w") as stream:
-            json.dump(blends, stream, indent=1)
+        write_blends(files.data, selection, config)
         mend_latest(files.save)
         _mend_index_cache(files.index_cache)
     try:
@@ -123,6 +123,13 @@ def _train(config: RunConfig, selection: Path, files: Files, arguments: Sequence
     reached = read_iteration(files.save)
     if reached is None or reached < end:
         raise SystemExit(f"Megatron stopped at iteration {reached} of {end}; run the stage again to go on")
+
+
+def write_blends(path: Path, selection: Path, config: RunConfig) -> None:
+    """The file for --per-split-data-args-path."""
+    blends = split_blends(Selection.open(selection).blend, config.data.validation)
+    with atomic_write(path, "w") as stream:
+        json.dump(blends, stream, indent=1)
 
 
 def _mend_index_cache(directory: Path) -> None:
