@@ -19,6 +19,8 @@ app = typer.Typer(
 RunOption = Annotated[Path, typer.Option("--run", help="Directory of the run.")]
 RoundOption = Annotated[int, typer.Option("--round", min=1, help="Number of the round, from 1.")]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Directory of the run.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+_LOOK = "Selections, looked at and exchanged"
 _STAGES = "Stages (what `run` starts; distributed ones under torchrun)"
 
 
@@ -82,6 +84,18 @@ def report(run_dir: RunArgument) -> None:
     result.write(run_dir)
     page.write(run_dir)
     typer.echo(run_dir / "report.html")
+
+
+@app.command(rich_help_panel=_LOOK)
+def explain(
+    name: Annotated[str, typer.Argument(metavar="SHARD:ID", help="A shard's name or prefix, and a sequence of it.")],
+    run_dir: RunOption,
+    as_json: JsonOption = False,
+) -> None:
+    """One sequence: its text, score, rank, whether it is kept and why not, and the LLM's steps that read it."""
+    from megatron_bliss.inspection import explain as look
+
+    look.show(run_dir, name, as_json)
 
 
 @app.command(rich_help_panel=_STAGES)

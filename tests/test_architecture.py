@@ -18,6 +18,7 @@ LAYERS = [
     ("methods",),
     ("stages",),
     ("orchestration",),
+    ("inspection",),
     ("report",),
 ]
 # Third-party packages that only some parts may import.
