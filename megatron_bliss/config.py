@@ -154,7 +154,9 @@ class PerplexityConfig:
 @dataclass
 class ScoringConfig:
     batch_tokens: int = 16_384  # tokens in one forward pass, padding included
-    chunk_sequences: int = 65_536  # sequences between two checkpoints of the score file
+    chunk_sequences: int = 65_536  # what a job claims, scores and puts on disk at a time; a kill loses as much
+    bf16: bool = False  # the model that scores is cast to bfloat16; sums stay float32
+    claim_timeout: float = 300  # seconds without a sign of life until another job does a job's chunk
 
 
 @dataclass

@@ -47,6 +47,7 @@ _POSITIVE = (
     "bilevel.checkpoint_interval",
     "scoring.batch_tokens",
     "scoring.chunk_sequences",
+    "scoring.claim_timeout",
     "evaluation.max_sequences",
     "launch.nproc_per_node",
     "launch.concurrency",

@@ -43,7 +43,7 @@ def collect(config: RunConfig) -> Inventory:
     _check_distinct(inventory.records)
     _check_dtype(inventory.records)
     for record in inventory.records:
-        _check_token_ids(record, config.data.tokenizer.vocab_size)
+        check_token_ids(record, config.data.tokenizer.vocab_size)
     return inventory
 
 
@@ -86,7 +86,8 @@ def _check_dtype(records: list[ShardRecord]) -> None:
             )
 
 
-def _check_token_ids(record: ShardRecord, vocab_size: int) -> None:
+def check_token_ids(record: ShardRecord, vocab_size: int) -> None:
+    """:raises UserError: if a token id of some sequences, evenly spaced, is beyond the vocabulary."""
     shard = Shard(record.prefix)
     for sequence_id in np.unique(np.linspace(0, len(shard) - 1, _SAMPLED_SEQUENCES, dtype=np.int64)):
         tokens = shard[sequence_id]
