@@ -88,6 +88,7 @@ class ProxyConfig:
     model: ModelConfig = field(default_factory=lambda: ModelConfig(preset="pythia-31m"))
     tensor_parallel: int = 1
     sequence_parallel: bool = False
+    distributed_optimizer: bool = False  # masters and moments shared out over data-parallel ranks, as Megatron does it
     recompute: bool = False  # activations are computed again in the backward pass: less memory, a third more time
 
 
@@ -125,8 +126,9 @@ class BilevelConfig:
     lambda_: float = 1e-6  # weight of ‖θ_p‖²
     weights: str = "softmax"  # softmax of the scores over the batch | naive: score / batch size
     restart_score: bool = False  # a fresh score model in each round
-    curvature: str = "finite-difference"  # none | finite-difference | exact (TP 1, plain torch ops: the oracle)
-    solver: str = "averaged"  # averaged: warm-started, running average of ∇f | paper: restarted from a constant
+    curvature: str = "finite-difference"  # none | finite-difference | gauss-newton | exact (TP 1, plain torch ops)
+    solver: str = "averaged"  # averaged: warm-started, running average of ∇f | conjugate-gradient: the same, z_steps
+    # iterations of it, for curvature gauss-newton | paper: restarted from a constant
     z_steps: int = 1  # steps on the linear system in each outer step
     z_lr: float = 0.05
     damping: float = 1.0  # δ

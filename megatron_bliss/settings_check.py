@@ -18,8 +18,8 @@ _CHOICES = {
     "bilevel.preset": ("default", "paper"),
     "bilevel.kl_direction": ("target_proxy", "proxy_target"),
     "bilevel.weights": ("softmax", "naive"),
-    "bilevel.curvature": ("none", "finite-difference", "exact"),
-    "bilevel.solver": ("averaged", "paper"),
+    "bilevel.curvature": ("none", "finite-difference", "gauss-newton", "exact"),
+    "bilevel.solver": ("averaged", "conjugate-gradient", "paper"),
     "perplexity.keep": ("low", "middle", "high"),
     "selection.blend": ("pool", "keep", "score"),
 }
@@ -83,6 +83,11 @@ def check(settings: Any) -> None:
         for key in keys:
             if not holds(value := OmegaConf.select(settings, key)):
                 raise UserError(f"{key} is {value}; it {rule}")
+    if settings.bilevel.solver == "conjugate-gradient" and settings.bilevel.curvature != "gauss-newton":
+        raise UserError(
+            "bilevel.solver=conjugate-gradient needs a positive semi-definite curvature; set "
+            f"bilevel.curvature=gauss-newton instead of {settings.bilevel.curvature}, or bilevel.solver=averaged"
+        )
     _check_pool(settings.data.pool)
     _check_controls(settings)
 

@@ -7,12 +7,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from megatron_bliss.artifacts import RunPaths
 from megatron_bliss.bilevel import objective
-from megatron_bliss.bilevel.curvature import Exact, FiniteDifference, Pool, check_exact, make_curvature
+from megatron_bliss.bilevel.curvature import (
+    Exact,
+    FiniteDifference,
+    GaussNewton,
+    Pool,
+    check_exact,
+    make_curvature,
+)
 from megatron_bliss.bilevel.hypergradient import score_gradient, score_logits
 from megatron_bliss.bilevel.loop import BilevelLoop, LoopSettings
+from megatron_bliss.bilevel.optimizer import AdamSettings
 from megatron_bliss.bilevel.solvers import Averaged
 from megatron_bliss.bilevel.space import group_sum_
 from megatron_bliss.config import ModelConfig, read_saved_config
@@ -20,16 +29,25 @@ from megatron_bliss.errors import UserError
 from megatron_bliss.mcore import checkpoint_files, checkpoints, models, parallel
 from megatron_bliss.mcore.batches import make_batch, mean_losses
 from megatron_bliss.mcore.losses import Divergence, VocabShard, token_terms_
-from megatron_bliss.mcore.lower_level import MegatronLowerLevel, MegatronUpperLevel, MicroBatch, micro_batches
+from megatron_bliss.mcore.lower_level import (
+    MegatronLowerLevel,
+    MegatronUpperLevel,
+    MicroBatch,
+    everywhere,
+    labelled,
+    micro_batches,
+)
 from megatron_bliss.mcore.models import build_language_model
 from megatron_bliss.mcore.parallel import ParallelContext
 from megatron_bliss.mcore.score_model import build_score_model
+from megatron_bliss.mcore.space import MegatronSpace
 from megatron_bliss.stages import bilevel, select, warmup_proxy
 from tests.side_models import edit_config, randomise
 
 VOCAB_SIZE = 100  # padded to 128: the second of two ranks holds 28 columns that are no tokens
 SMALL = ModelConfig(preset="tiny", hidden_size=32, ffn_hidden_size=64)
-LAYOUTS = {"tp": (2, False), "sp": (2, True), "dp": (1, False)}  # on two ranks
+# on two ranks: tensor-parallel size, sequence parallelism, distributed optimizer
+LAYOUTS = {"tp": (2, False, False), "sp": (2, True, True), "dp": (1, False, False), "distributed": (1, False, True)}
 GAMMA, RIDGE = 0.5, 1e-3
 
 
@@ -45,31 +63,45 @@ def data(context: ParallelContext, seed: int, size: int, count: int = 8) -> list
     return micro_batches(batches, context)
 
 
-def build(context: ParallelContext, gamma: float = GAMMA) -> tuple[dict[str, Any], Any, Any]:
-    """Models by name, and the two levels made of them."""
+ADAM = AdamSettings(lr=1e-3)
+
+
+def build(
+    context: ParallelContext, distributed: bool = False, saved: Path | None = None, bf16: bool = False
+) -> tuple[dict[str, Any], Any, Any]:
+    """Models by name, with saved weights or random ones, and the two levels made of them."""
     named = {
-        "model": build_language_model(SMALL, VOCAB_SIZE, context),
+        "model": build_language_model(replace(SMALL, bf16=bf16), VOCAB_SIZE, context),
         "target": build_language_model(SMALL, VOCAB_SIZE, context).requires_grad_(False),
         "score": build_score_model(SMALL, VOCAB_SIZE, context),
     }
-    lower = MegatronLowerLevel(named["model"], named["target"], context, VOCAB_SIZE, gamma)
-    return named, lower, MegatronUpperLevel(named["score"], context)
+    for name, model in named.items():
+        if saved is None:
+            randomise(model)
+        else:
+            checkpoints.load_model(saved, model, name)
+    space = MegatronSpace(named["model"], context, ADAM, distributed)
+    shard = VocabShard.of(context, VOCAB_SIZE)
+    lower = MegatronLowerLevel(named["model"], space, named["target"], shard, GAMMA)
+    return named, lower, MegatronUpperLevel(named["score"], MegatronSpace(named["score"], context, ADAM, distributed))
 
 
 def evaluate(context: ParallelContext, lower: Any, upper: Any, size: int) -> dict[str, Any]:
     """Every part of a hypergradient at one point, z being the validation gradient."""
-    before = [parameter.clone() for parameter in lower.space.parameters]
-    z = lower.space.zeros()
+    before = _everything(lower)
+    z = lower.space.accumulator()
     value = sum(lower.add_validation_gradient(batch, z) for batch in data(context, 2, size))
-    lower.space.reduce_gradients(z)
+    z = lower.space.reduce_gradients(z)
     batches = data(context, 1, size)
     logits = score_logits(upper, batches)
     scores = objective.scores_from_logits(torch.cat([part.detach() for part in logits]))
     weights = objective.importance_weights(scores, "softmax", lower.space.dp_group)
     pool = Pool(lower, batches, weights.split([len(part) for part in logits]), RIDGE)
     evaluation = FiniteDifference().evaluate(pool, z)
+    gauss_newton = GaussNewton().evaluate(pool, z)
     coefficients = objective.score_coefficients(weights, evaluation.derivatives, "softmax", lower.space.dp_group)
     hypergradient = score_gradient(upper, batches, logits, coefficients)
+    after = _everything(lower)
     return {
         "value": float(group_sum_(torch.as_tensor(value), lower.space.dp_group)),
         "kl": float(evaluation.kl),
@@ -77,20 +109,51 @@ def evaluate(context: ParallelContext, lower: Any, upper: Any, size: int) -> dic
         "weights": weights.numpy(),
         "losses": evaluation.losses.numpy(),
         "derivatives": evaluation.derivatives.numpy(),
-        "same": all(torch.equal(a, b) for a, b in zip(before, lower.space.parameters, strict=True)),
-        "no grad": all(parameter.grad is None for parameter in lower.space.parameters),
+        "gauss-newton derivatives": gauss_newton.derivatives.numpy(),
+        "changed": [name for name, values in before.items() if not _same(values, after[name])],
         "vectors": {
-            "model": {"gradient": evaluation.gradient, "product": evaluation.product},
-            "score": {"hypergradient": hypergradient},
+            "model": {
+                name: lower.space.whole(vector)
+                for name, vector in (
+                    ("gradient", evaluation.gradient),
+                    ("product", evaluation.product),
+                    ("gauss-newton gradient", gauss_newton.gradient),
+                    ("gauss-newton product", gauss_newton.product),
+                )
+            },
+            "score": {"hypergradient": upper.space.whole(hypergradient)},
         },
     }
 
 
+def _everything(lower: Any) -> dict[str, list[torch.Tensor]]:
+    """What a hypergradient must leave as it was, to the last bit."""
+    space = lower.space
+    moments = space.optimizer(ADAM).moments()
+    found = {
+        "parameters": space.parameters,
+        "masters": space.masters,
+        "moments": [part for vector in moments.values() for part in vector],
+        "gradient buffers": [parameter.main_grad for parameter in space.parameters],
+        "gradients": [parameter.grad for parameter in space.parameters if parameter.grad is not None],
+        "random numbers": [
+            torch.get_rng_state(),
+            *(torch.as_tensor(state) for state in get_cuda_rng_tracker().get_states().values()),
+        ],
+    }
+    return {name: [tensor.detach().clone() for tensor in tensors] for name, tensors in found.items()}
+
+
+def _same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    return len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
 def train(context: ParallelContext, lower: Any, upper: Any, size: int) -> list[dict[str, float]]:
     """Metrics of a few outer steps."""
-    settings = LoopSettings(3, inner_steps=2, lr_proxy=1e-3, lr_score=1e-3, ridge=RIDGE)
+    settings = LoopSettings(3, inner_steps=2, ridge=RIDGE)
     curvature, solver = make_curvature("finite-difference", lower.space), Averaged(lower.space, 0.05, 1.0, 0.9)
-    loop: BilevelLoop[MicroBatch] = BilevelLoop(lower, upper, curvature, solver, settings)
+    optimizers = lower.space.optimizer(ADAM), upper.space.optimizer(ADAM)
+    loop: BilevelLoop[MicroBatch] = BilevelLoop(lower, upper, curvature, solver, settings, *optimizers)
     return [loop.step(data(context, 10 + step, size), data(context, 20 + step, size)) for step in range(3)]
 
 
@@ -107,8 +170,6 @@ def one_rank(rank: int, folder: Path) -> dict[str, Any]:
     """Reference numbers; saves the models they come from, for other layouts to load."""
     context = parallel.initialize(1, False, seed=3)
     named, lower, upper = build(context)
-    for model in named.values():
-        randomise(model)
     checkpoints.save(folder / "models", 1, named, {}, {})
     found: dict[str, Any] = {}
     for size in (8, 3):  # one micro-batch, and three of unequal size
@@ -116,7 +177,8 @@ def one_rank(rank: int, folder: Path) -> dict[str, Any]:
         found[f"micro-batch {size}"]["vectors"] = arrays(found[f"micro-batch {size}"]["vectors"])
     found["plain"] = _plain(context, lower)
     found["exact"] = _exact(context, lower)
-    found["bf16"] = _bf16(context, folder, lower)
+    found["bf16"] = bf16(context, folder, False)
+    found["fp32"] = _fp32(context, folder)
     found["train"] = train(context, lower, upper, 4)
     found["losses"] = losses(context)
     found["stage"] = _stage(folder)
@@ -127,15 +189,17 @@ def _plain(context: ParallelContext, lower: Any) -> dict[str, Any]:
     """The terms of G and its gradient by autograd through plain formulas."""
     [batch] = data(context, 1, 8)
     weights = torch.full((8,), 1 / 8)
+    whole = replace(batch.batch, labelled=None)  # padding too
+    shape = (*reversed(whole.tokens.shape), -1)
     with torch.no_grad():
-        target = models.logits(lower.target, batch.batch.tokens)[..., :VOCAB_SIZE]
-    logits = models.logits(lower.proxy, batch.batch.tokens)[..., :VOCAB_SIZE]
-    sequence_losses = mean_losses(objective.cross_entropy(logits, batch.batch.labels), batch.batch)
-    kl = (objective.kl_divergence(logits, target) * batch.batch.loss_mask).sum() / batch.batch.loss_mask.sum()
+        target = models.logits(lower.target, whole)[:, :VOCAB_SIZE].view(shape).transpose(0, 1)
+    logits = models.logits(lower.proxy, whole)[:, :VOCAB_SIZE].view(shape).transpose(0, 1)
+    sequence_losses = mean_losses(objective.cross_entropy(logits, whole.labels), whole)
+    kl = (objective.kl_divergence(logits, target) * whole.loss_mask).sum() / whole.loss_mask.sum()
     ((weights * sequence_losses).sum() + GAMMA * kl).backward()
-    expected = torch.cat([parameter.grad.flatten() for parameter in lower.space.parameters])
-    for parameter in lower.space.parameters:
-        parameter.grad = None
+    found = lower.space.accumulator()
+    lower.space.harvest_(found)
+    expected = torch.cat([part.flatten() for part in found])
     gradient, found_losses, found_kl = Pool(lower, [batch], [weights], 0.0).gradient()
     return {
         "losses": (found_losses.numpy(), sequence_losses.detach().numpy()),
@@ -150,30 +214,77 @@ def _exact(context: ParallelContext, lower: Any) -> dict[str, Any]:
     pool = Pool(lower, batches, [torch.full((8,), 1 / 8)], RIDGE)
     direction = pool.gradient()[0]
     check_exact(pool, direction)
-    products = Exact(lower.space).product(pool, direction), FiniteDifference().product(pool, direction)
-    return {
-        name: torch.cat([p.flatten() for p in v]).numpy() for name, v in zip(("exact", "fd"), products, strict=True)
-    }  # type: ignore[union-attr]
+    products = {"exact": Exact(lower.space).product(pool, direction), "fd": FiniteDifference().product(pool, direction)}
+    products["gauss-newton"] = GaussNewton().product(pool, direction)
+    products["dense gauss-newton"] = _gauss_newton(lower, batches[0], direction)
+    found = {name: torch.cat([p.flatten() for p in vector or []]).numpy() for name, vector in products.items()}
+    evaluation = GaussNewton().evaluate(pool, direction)
+    found["derivatives"] = evaluation.derivatives.numpy()
+    found["gradients"] = [flat(evaluation.gradient), flat(direction)]
+    found["exact derivatives"] = _derivatives(lower, batches[0], direction)
+    return found
 
 
-def _bf16(context: ParallelContext, folder: Path, lower: Any) -> dict[str, Any]:
-    """Derivatives of a bfloat16 proxy with float32 masters beside those of the float32 one."""
-    half = build_language_model(replace(SMALL, bf16=True), VOCAB_SIZE, context)
-    checkpoints.load_model(folder / "models", half)
-    other = MegatronLowerLevel(half, lower.target, context, VOCAB_SIZE, GAMMA)
-    before = [parameter.clone() for parameter in other.space.parameters]
+def _gauss_newton(lower: Any, batch: MicroBatch, direction: Any) -> Any:
+    """JᵀB J v by double backward through the logits (Jv) and autograd's own softmax, and the ridge's part."""
+    logits = models.logits(lower.proxy, batch.batch)[:, :VOCAB_SIZE]
+    cotangent = torch.zeros_like(logits, requires_grad=True)
+    pulled = torch.autograd.grad(logits, lower.space.parameters, cotangent, create_graph=True)
+    along = sum((part * v).sum() for part, v in zip(pulled, direction, strict=True))
+    (tangent,) = torch.autograd.grad(along, cotangent, retain_graph=True)
+    p = logits.detach().softmax(-1)
+    lengths = batch.batch.loss_mask.sum(1)
+    weights = labelled(batch.batch.loss_mask * (1 / 8 / lengths[:, None] + GAMMA / lengths.sum()), batch.batch)
+    b = weights[:, None] * p * (tangent - (p * tangent).sum(-1, keepdim=True))
+    products = torch.autograd.grad(logits, lower.space.parameters, b)
+    return [part + 2 * RIDGE * v for part, v in zip(products, direction, strict=True)]
+
+
+def _derivatives(lower: Any, batch: MicroBatch, direction: Any) -> Any:
+    """⟨v, ∇L_i⟩ with one backward pass a sequence."""
+    logits = models.logits(lower.proxy, batch.batch)[:, :VOCAB_SIZE]
+    ce = everywhere(objective.cross_entropy(logits, labelled(batch.batch.labels, batch.batch)), batch.batch)
+    found = []
+    for loss in mean_losses(ce, batch.batch):
+        gradient = torch.autograd.grad(loss, lower.space.parameters, retain_graph=True)
+        found.append(float(sum((part * v).sum() for part, v in zip(gradient, direction, strict=True))))
+    return np.array(found)
+
+
+def bf16(context: ParallelContext, folder: Path, distributed: bool) -> dict[str, Any]:
+    """Products and derivatives of a bfloat16 proxy with float32 masters, along one direction."""
+    _, lower, _ = build(context, distributed, folder / "models", bf16=True)
+    before = _everything(lower)
+    found = _along(context, lower)
+    after = _everything(lower)
+    found["dtypes"] = {str(parameter.dtype) for parameter in lower.space.parameters}
+    found["changed"] = [name for name, values in before.items() if not _same(values, after[name])]
+    return found
+
+
+def _along(context: ParallelContext, lower: Any) -> dict[str, Any]:
     batches = data(context, 1, 8)
-    z = Pool(lower, batches, [torch.full((8,), 1 / 8)], RIDGE).gradient()[0]
-    found = {
-        name: FiniteDifference().evaluate(Pool(level, batches, [torch.full((8,), 1 / 8)], RIDGE), z)
-        for name, level in (("bf16", other), ("fp32", lower))
-    }
-    return {
-        "same": all(torch.equal(a, b) for a, b in zip(before, other.space.parameters, strict=True)),
-        "dtypes": {str(parameter.dtype) for parameter in other.space.parameters},
-        "derivatives": [found[name].derivatives.numpy() for name in ("bf16", "fp32")],
-        "product": [torch.cat([p.flatten() for p in found[name].product or []]).numpy() for name in ("bf16", "fp32")],
-    }
+    weights = [torch.full((len(batch.batch.tokens),), 1 / 8) for batch in batches]
+    generator = torch.Generator().manual_seed(1)
+    whole = [0.02 * torch.randn(parameter.shape, generator=generator) for parameter in lower.space.parameters]
+    z = lower.space.own(whole)
+    found: dict[str, Any] = {}
+    for name, curvature in (("fd", FiniteDifference()), ("gauss-newton", GaussNewton())):
+        evaluation = curvature.evaluate(Pool(lower, batches, weights, RIDGE), z)
+        vectors = {"gradient": evaluation.gradient, "product": evaluation.product or []}
+        found[name] = {key: flat(lower.space.whole(vector)) for key, vector in vectors.items()}
+        found[name]["derivatives"] = evaluation.derivatives.numpy()
+    return found
+
+
+def _fp32(context: ParallelContext, folder: Path) -> dict[str, Any]:
+    """As `bf16`, of the same weights in float32."""
+    _, lower, _ = build(context, False, folder / "models")
+    return _along(context, lower)
+
+
+def flat(vector: Any) -> np.ndarray:
+    return torch.cat([part.flatten() for part in vector]).numpy()
 
 
 def losses(context: ParallelContext) -> dict[str, Any]:
@@ -297,10 +408,9 @@ def two_ranks(rank: int, folder: Path) -> dict[str, Any]:
     """The same numbers from the same models in every layout of two ranks."""
     results: dict[str, Any] = {}
     vectors = {}
-    for layout, (tensor_parallel, sequence_parallel) in LAYOUTS.items():
+    for layout, (tensor_parallel, sequence_parallel, distributed) in LAYOUTS.items():
         context = parallel.initialize(tensor_parallel, sequence_parallel, seed=3)
-        named, lower, upper = build(context)
-        checkpoints.load(folder / "models", named, {})
+        named, lower, upper = build(context, distributed, folder / "models")
         found = evaluate(context, lower, upper, 3)
         trainable = {name: named[name] for name in ("model", "score")}
         checkpoints.save(folder / f"vectors-{layout}", 1, trainable, found.pop("vectors"), {})
@@ -312,19 +422,27 @@ def two_ranks(rank: int, folder: Path) -> dict[str, Any]:
                 Exact(lower.space)
             except UserError as error:
                 results["refused"] = str(error)
+        if tensor_parallel == 1:
+            results[f"{layout} bf16"] = bf16(context, folder, distributed)
     # vectors of every layout, made whole by loading them at TP 1
     for layout in LAYOUTS:
         named, lower, upper = build(context)
+        names = ("gradient", "product", "gauss-newton gradient", "gauss-newton product")
         vectors = {
-            "model": {"gradient": lower.space.zeros(), "product": lower.space.zeros()},
-            "score": {"hypergradient": upper.space.zeros()},
+            "model": {name: lower.space.accumulator() for name in names},
+            "score": {"hypergradient": upper.space.accumulator()},
         }
         checkpoints.load(folder / f"vectors-{layout}", {name: named[name] for name in vectors}, vectors)
         results[layout]["vectors"] = arrays(vectors)
-    for layout, (tensor_parallel, sequence_parallel) in LAYOUTS.items():
+    for layout, (tensor_parallel, sequence_parallel, distributed) in LAYOUTS.items():
         run = folder / f"run-{layout}"
         if rank == 0:
-            edit_config(run, proxy__tensor_parallel=tensor_parallel, proxy__sequence_parallel=sequence_parallel)
+            edit_config(
+                run,
+                proxy__tensor_parallel=tensor_parallel,
+                proxy__sequence_parallel=sequence_parallel,
+                proxy__distributed_optimizer=distributed,
+            )
         torch.distributed.barrier()
         bilevel.run(run, 1)
         results[f"{layout} stage"] = metrics(run) if rank == 0 else []

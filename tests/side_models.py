@@ -1,5 +1,6 @@
 """Ranks' work for tests/test_side_models.py: models, checkpoints, warm-up and scoring in several layouts."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import numpy as np
 import torch
 
 from megatron_bliss.artifacts import RunPaths
+from megatron_bliss.bilevel.optimizer import AdamSettings
 from megatron_bliss.config import ModelConfig, RunConfig, read_saved_config, save_config
 from megatron_bliss.data.inventory import Inventory
 from megatron_bliss.errors import UserError
@@ -15,7 +17,7 @@ from megatron_bliss.mcore.batches import Batch, make_batch
 from megatron_bliss.mcore.models import build_language_model, logits, token_losses
 from megatron_bliss.mcore.parallel import ParallelContext
 from megatron_bliss.mcore.score_model import build_score_model
-from megatron_bliss.mcore.space import parameter_space
+from megatron_bliss.mcore.space import MegatronSpace
 from megatron_bliss.stages import score, warmup_proxy
 from megatron_bliss.stages.warmup_proxy import loss_and_gradient
 
@@ -48,6 +50,15 @@ def randomise(model: torch.nn.Module) -> None:
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
+def space_of(model: torch.nn.Module, context: ParallelContext) -> MegatronSpace:
+    return MegatronSpace(model, context, AdamSettings(), distributed=False)
+
+
+def _by_row(values: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """[s·b, v] to [b, s, v]."""
+    return values.view(batch.tokens.shape[1], batch.tokens.shape[0], -1).transpose(0, 1)
+
+
 def measure(model: Any, score_model: Any, context: ParallelContext) -> dict[str, Any]:
     """Losses, logits and scores of all sequences, and gradients of the mean loss and of a weighted sum of scores."""
     whole = batch(context, whole=True)
@@ -55,14 +66,16 @@ def measure(model: Any, score_model: Any, context: ParallelContext) -> dict[str,
         found: dict[str, Any] = {
             "losses": (token_losses(model, whole) * whole.loss_mask)[:, :16].numpy(),
             "scores": score_model(whole).numpy(),
-            "logits": logits(model, whole.tokens)[:, :16].numpy(),
+            "logits": _by_row(logits(model, replace(whole, labelled=None)), whole)[:, :16].numpy(),
         }
-    space, score_space = parameter_space(model, context), parameter_space(score_model, context)
+    space, score_space = space_of(model, context), space_of(score_model, context)
     num_tokens = sum(len(sequence) - 1 for sequence in sequences())
     loss, gradient = loss_and_gradient(model, space, [batch(context)], num_tokens)
     weights = torch.tensor([1.0, -2.0, 0.5, 3.0])[context.dp_rank :: context.dp_size]
     (score_model(batch(context)) * weights).sum().backward()
-    score_gradient = score_space.reduce_gradients([parameter.grad for parameter in score_space.parameters])  # type: ignore[misc]
+    score_gradient = score_space.accumulator()
+    score_space.harvest_(score_gradient)
+    score_gradient = score_space.reduce_gradients(score_gradient)
     found["loss"] = float(loss)
     found["norms"] = float(space.norm(gradient)), float(score_space.norm(score_gradient))
     return found | {"gradients": {"model": {"gradient": gradient}, "score": {"gradient": score_gradient}}}
@@ -132,7 +145,7 @@ def _pooling(score_model: Any, context: ParallelContext) -> tuple[np.ndarray, np
 def _bf16(folder: Path, context: ParallelContext) -> dict[str, Any]:
     config = ModelConfig(preset="tiny", hidden_size=32, ffn_hidden_size=64, bf16=True)
     model, again = (build_language_model(config, VOCAB_SIZE, context) for _ in range(2))
-    space, other = parameter_space(model, context), parameter_space(again, context)
+    space, other = space_of(model, context), space_of(again, context)
     for master in space.masters:
         master.add_(1e-4)  # lost in bfloat16, kept in the masters
     space.push()
@@ -274,7 +287,7 @@ def two_ranks(rank: int, folder: Path) -> dict[str, Any]:
         for name, config in MODELS.items():
             models = _models(config, context)
             total = torch.stack([p.double().abs().sum() for p in models["model"].parameters()])
-            space = parameter_space(models["model"], context)
+            space = space_of(models["model"], context)
             results[f"{layout} {name} initial"] = float(space._count_once(total))
             results[f"{layout} common"] = checkpoints.load(folder / name, models, {})
             found = measure(models["model"], models["score"], context)
@@ -285,7 +298,7 @@ def two_ranks(rank: int, folder: Path) -> dict[str, Any]:
     for layout in LAYOUTS:
         for name, config in MODELS.items():
             models = _models(config, context)
-            vectors = {key: {"gradient": parameter_space(model, context).zeros()} for key, model in models.items()}
+            vectors = {key: {"gradient": space_of(model, context).zeros()} for key, model in models.items()}
             checkpoints.load(folder / f"{layout}-{name}", models, vectors)
             results[f"{layout} {name} gradients"] = _numpy(vectors)
     for layout, (tensor_parallel, sequence_parallel) in LAYOUTS.items():

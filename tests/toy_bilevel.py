@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_bliss.bilevel.hypergradient import harvest_
 from megatron_bliss.bilevel.levels import LowerTerms
 from megatron_bliss.bilevel.objective import cross_entropy, kl_divergence
+from megatron_bliss.bilevel.optimizer import AdamSettings, Optimizer
 from megatron_bliss.bilevel.space import ParameterSpace, Vector
 
 
@@ -52,7 +52,7 @@ class ToyLower:
 
     def add_gradient(self, batch: Samples, weights: Tensor, gradient: Vector) -> LowerTerms:
         self.objective(batch, weights).backward()
-        harvest_(self.space.parameters, gradient)
+        self.space.harvest_(gradient)
         with torch.no_grad():
             kl = kl_divergence(self.model(batch.x), self.target(batch.x)).sum() / batch.total
         return LowerTerms(self.losses(batch), kl)
@@ -61,13 +61,29 @@ class ToyLower:
     def losses(self, batch: Samples) -> Tensor:
         return cross_entropy(self.model(batch.x), batch.y)
 
+    @torch.no_grad()
+    def outputs(self, batch: Samples) -> Tensor:
+        return self.model(batch.x).to(self.space.masters[0].dtype)
+
+    def add_gauss_newton(
+        self, batch: Samples, weights: Tensor, tangent: Tensor, gradient: Vector | None, product: Vector
+    ) -> tuple[LowerTerms, Tensor]:
+        logits = self.model(batch.x)
+        p = logits.detach().softmax(1)
+        mean = (p * tangent).sum(1, keepdim=True)
+        total = weights + self.gamma / batch.total
+        torch.autograd.backward(logits, total[:, None] * p * (tangent - mean))
+        self.space.harvest_(product)
+        terms = self.add_gradient(batch, weights, self.space.accumulator() if gradient is None else gradient)
+        return terms, mean[:, 0] - tangent.gather(1, batch.y[:, None])[:, 0]
+
     def validation(self, batch: Samples) -> Tensor:
         return cross_entropy(self.model(batch.x), batch.y).sum() / batch.total
 
     def add_validation_gradient(self, batch: Samples, gradient: Vector) -> Tensor:
         value = self.validation(batch)
         value.backward()
-        harvest_(self.space.parameters, gradient)
+        self.space.harvest_(gradient)
         return value.detach()
 
 
@@ -79,6 +95,12 @@ class ToyUpper:
 
     def logits(self, batch: Samples) -> Tensor:
         return self.model(batch.x).squeeze(1)
+
+
+def make_optimizer(space: ParameterSpace, lr: float) -> Optimizer:
+    settings = AdamSettings(lr=lr)
+    inner = torch.optim.AdamW(space.masters, lr=lr, betas=settings.betas, weight_decay=settings.weight_decay)
+    return Optimizer(space, inner, space.masters, settings)
 
 
 def flat(vector: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
@@ -101,6 +123,23 @@ def dense_hessian(lower: ToyLower, batch: Samples, weights: Tensor, ridge: float
         return (weights * cross_entropy(logits, batch.y)).sum() + lower.gamma * kl + ridge * theta.square().sum()
 
     return torch.autograd.functional.hessian(value, flat(lower.space.masters).clone())
+
+
+def dense_gauss_newton(lower: ToyLower, batch: Samples, weights: Tensor, ridge: float) -> Tensor:
+    """Jᵀ B J + 2λI from the dense Jacobian of the logits: [p, p]. It shares no code with the engine."""
+    names = [name for name, _ in lower.model.named_parameters()]
+
+    def logits(theta: Tensor) -> Tensor:
+        pieces = dict(zip(names, unflat(theta, lower.space), strict=True))
+        return torch.func.functional_call(lower.model, pieces, (batch.x,))
+
+    theta = flat(lower.space.masters).clone()
+    jacobian = torch.autograd.functional.jacobian(logits, theta)  # [b, classes, p]
+    p = logits(theta).softmax(1)
+    b = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+    total = weights + lower.gamma / batch.total
+    product = torch.einsum("b,bip,bij,bjq->pq", total, jacobian, b, jacobian)
+    return product + 2 * ridge * torch.eye(len(theta), dtype=theta.dtype)
 
 
 def sample_gradients(lower: ToyLower, batch: Samples) -> Tensor:

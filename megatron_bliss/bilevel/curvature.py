@@ -8,6 +8,10 @@ of G, Hz and g_i, sharing what is the same computation. `product` is Hv alone, f
                          their gradients is ∇G(θ) up to O(ε²‖z‖²): within 1e-3 on a float32 model. Parameters in 16
                          bits need an ε so large that it is not (19 % off on a trained bfloat16 model), so ∇G(θ) has
                          a forward-backward pass of its own there: three in all instead of two
+    gauss-newton         JᵀBJ v, J the derivative of the logits, B the curvature of the loss in them: what is left of H
+                         without the curvature of the logits, positive semi-definite whatever the parameters. Jv is
+                         (logits(θ + εv) − logits(θ − εv)) / 2ε, two forward passes; g_i follows from Jz without more;
+                         ∇G and the product are two backward passes through one graph at θ itself
     exact                double backward through plain torch operations, on one rank: the oracle
 
 λ‖θ‖² is added in closed form.
@@ -21,7 +25,7 @@ import torch
 from torch import Tensor
 
 from megatron_bliss.bilevel.hypergradient import difference_step, directional_derivatives
-from megatron_bliss.bilevel.levels import LowerLevel
+from megatron_bliss.bilevel.levels import LowerLevel, LowerTerms
 from megatron_bliss.bilevel.space import ParameterSpace, Vector, group_size, group_sum_
 from megatron_bliss.errors import UserError
 
@@ -38,13 +42,13 @@ class Pool[Batch]:
     def gradient(self) -> tuple[Vector, Tensor, Tensor]:
         """∇G at the parameters of this moment (reduced), L_i [local], and the mean KL (a scalar, global)."""
         space = self.level.space
-        gradient, losses, kl = space.zeros(), [], []
+        gradient, losses, kl = space.accumulator(), [], []
         for batch, weights in zip(self.batches, self.weights, strict=True):
             terms = self.level.add_gradient(batch, weights, gradient)
             losses.append(terms.losses)
             kl.append(terms.kl)
-        space.reduce_gradients(gradient)
-        return self.add_ridge_(gradient, space.masters), torch.cat(losses), self.total_kl(kl)
+        gradient = self.add_ridge_(space.reduce_gradients(gradient), space.masters)
+        return gradient, torch.cat(losses), self.total_kl(kl)
 
     def total_kl(self, parts: Sequence[Tensor]) -> Tensor:
         return group_sum_(torch.stack(list(parts)).sum(), self.level.space.dp_group)
@@ -101,7 +105,7 @@ class FiniteDifference:
         """Everything from θ + εz and θ − εz."""
         level, space = pool.level, pool.level.space
         epsilon = difference_step(space, z)
-        plus, minus = space.zeros(), space.zeros()
+        plus, minus = space.accumulator(), space.accumulator()
         sides: dict[int, list[Tensor]] = {1: [], -1: []}
         kl: list[Tensor] = []
         with space.displaced(z) as move_to:
@@ -117,16 +121,52 @@ class FiniteDifference:
         torch._foreach_add_(mean, difference, alpha=0.5)
         for part in difference:
             part.div_((2 * epsilon).to(part.dtype))
-        space.reduce_gradients(mean)
-        space.reduce_gradients(difference)
         high, low = torch.cat(sides[1]), torch.cat(sides[-1])
         return Evaluation(
-            gradient=pool.add_ridge_(mean, space.masters),
-            product=pool.add_ridge_(difference, z),
+            gradient=pool.add_ridge_(space.reduce_gradients(mean), space.masters),
+            product=pool.add_ridge_(space.reduce_gradients(difference), z),
             derivatives=(high - low) / (2 * epsilon).to(high.dtype),
             losses=(high + low) / 2,
             kl=pool.total_kl(kl),
         )
+
+
+class GaussNewton:
+    """Two forward passes for Jv, one more and a backward pass for JᵀB (Jv); see `LowerLevel.add_gauss_newton`."""
+
+    def evaluate[Batch](self, pool: Pool[Batch], z: Vector) -> Evaluation:
+        space = pool.level.space
+        gradient, product = space.accumulator(), space.accumulator()
+        terms, derivatives = self._add(pool, z, gradient, product)
+        return Evaluation(
+            gradient=pool.add_ridge_(space.reduce_gradients(gradient), space.masters),
+            product=pool.add_ridge_(space.reduce_gradients(product), z),
+            derivatives=derivatives,
+            losses=torch.cat([term.losses for term in terms]),
+            kl=pool.total_kl([term.kl for term in terms]),
+        )
+
+    def product[Batch](self, pool: Pool[Batch], v: Vector) -> Vector | None:
+        product = pool.level.space.accumulator()
+        self._add(pool, v, None, product)
+        return pool.add_ridge_(pool.level.space.reduce_gradients(product), v)
+
+    def _add[Batch](
+        self, pool: Pool[Batch], v: Vector, gradient: Vector | None, product: Vector
+    ) -> tuple[list[LowerTerms], Tensor]:
+        """:returns: terms of each micro-batch, and ⟨v, ∇L_i⟩, [local]."""
+        level = pool.level
+        epsilon = difference_step(level.space, v)
+        found = []
+        with level.space.displaced(v) as move_to:
+            for batch, weights in zip(pool.batches, pool.weights, strict=True):
+                move_to(epsilon)
+                tangent = level.outputs(batch)
+                move_to(-epsilon)
+                tangent.sub_(level.outputs(batch)).div_((2 * epsilon).to(tangent.dtype))
+                move_to(0.0)
+                found.append(level.add_gauss_newton(batch, weights, tangent, gradient, product))
+        return [terms for terms, _ in found], torch.cat([derivatives for _, derivatives in found])
 
 
 class Exact:
@@ -150,7 +190,7 @@ class Exact:
 
     def product[Batch](self, pool: Pool[Batch], v: Vector) -> Vector | None:
         space = pool.level.space
-        total = space.zeros()
+        total = space.accumulator()
         for batch, weights in zip(pool.batches, pool.weights, strict=True):
             value = pool.level.objective(batch, weights)
             # a parameter that G is linear in, or does not use, has no second derivative: zeros
@@ -203,4 +243,7 @@ def make_curvature(name: str, space: ParameterSpace) -> Curvature:
     """By the name in `bilevel.curvature`."""
     if name == "exact":
         return Exact(space)
-    return NoCurvature() if name == "none" else FiniteDifference()
+    kinds: dict[str, type[Curvature]] = {
+        "none": NoCurvature, "finite-difference": FiniteDifference, "gauss-newton": GaussNewton,
+    }  # fmt: skip
+    return kinds[name]()

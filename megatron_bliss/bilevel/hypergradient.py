@@ -31,14 +31,6 @@ def directional_derivatives[Batch](lower: LowerLevel[Batch], batches: Sequence[B
     return (plus - minus) / (2 * epsilon).to(plus.dtype)
 
 
-def harvest_(parameters: Sequence[Tensor], gradient: Vector) -> None:
-    """Move the parameters' `.grad` onto `gradient`, in its precision, and leave them without one."""
-    for parameter, total in zip(parameters, gradient, strict=True):
-        if parameter.grad is not None:
-            total.add_(parameter.grad)
-            parameter.grad = None
-
-
 def score_logits[Batch](upper: UpperLevel[Batch], batches: Sequence[Batch]) -> list[Tensor]:
     """Raw scores of each micro-batch, [b]. Only the last has a graph, which `score_gradient` uses."""
     with torch.no_grad():
@@ -54,10 +46,10 @@ def score_gradient[Batch](
     :param logits: of `score_logits` at the same parameters.
     :param coefficients: c_i of this rank's sequences in the order of `batches`, [local].
     """
-    gradient = upper.space.zeros()
+    gradient = upper.space.accumulator()
     parts = coefficients.split([len(part) for part in logits])
     for batch, known, part in zip(batches, logits, parts, strict=True):
         scores = scores_from_logits(known if known.requires_grad else upper.logits(batch))
         (scores * part.to(scores.dtype)).sum().backward()
-        harvest_(upper.space.parameters, gradient)
+        upper.space.harvest_(gradient)
     return upper.space.reduce_gradients(gradient)

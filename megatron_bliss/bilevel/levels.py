@@ -34,6 +34,23 @@ class LowerLevel[Batch](Protocol):
         """L_i, [b], without a graph."""
         ...
 
+    def outputs(self, batch: Batch) -> Tensor:
+        """The logits that losses and KL come from, any shape, in the precision of the masters; without a graph."""
+        ...
+
+    def add_gauss_newton(
+        self, batch: Batch, weights: Tensor, tangent: Tensor, gradient: Vector | None, product: Vector
+    ) -> tuple[LowerTerms, Tensor]:
+        """Add Jᵀ B `tangent` to `product`, and ∇(Σ P_i L_i + γ KL) to `gradient` where one is given; not reduced.
+
+        B = (P_i-weighted) diag(p) − ppᵀ for each token, p the softmax of its logits: the Hessian of cross-entropy and
+        of KL(target ‖ ·) in the logits, and the Fisher matrix for the other direction of KL.
+
+        :param tangent: Jv, like `outputs`; overwritten.
+        :returns: the terms, and ⟨v, ∇L_i⟩, [b].
+        """
+        ...
+
     def objective(self, batch: Batch, weights: Tensor) -> Tensor:
         """This micro-batch's Σ P_i L_i + γ KL with a graph that can be differentiated twice."""
         ...

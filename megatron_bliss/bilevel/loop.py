@@ -4,7 +4,6 @@ An outer step sees a global batch of the pool and one of the validation set, and
 update of z and one AdamW step on the score model.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -22,8 +21,9 @@ from megatron_bliss.bilevel.objective import (
     score_coefficients,
     scores_from_logits,
 )
+from megatron_bliss.bilevel.optimizer import MOMENTS, Optimizer, lr_factor
 from megatron_bliss.bilevel.solvers import Solution, Solver
-from megatron_bliss.bilevel.space import ParameterSpace, Vector, group_sum_
+from megatron_bliss.bilevel.space import Vector, group_sum_
 
 
 @dataclass(frozen=True)
@@ -32,71 +32,9 @@ class LoopSettings:
 
     outer_steps: int
     inner_steps: int = 1
-    lr_proxy: float = 1e-5
-    lr_score: float = 1e-5
-    weight_decay: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.95)
-    clip_grad: float = 1.0
     lr_warmup_fraction: float = 0.1
     ridge: float = 1e-6  # λ
     weights: Weights = "softmax"
-
-
-def lr_factor(step: int, steps: int, warmup_fraction: float) -> float:
-    """Linear warm-up over a fraction of the steps, then a cosine to zero, at a 0-based step."""
-    warmup = round(steps * warmup_fraction)
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
-
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-class AdamW:
-    """AdamW on a space's masters, with clipping, and a push to the model's parameters after each step."""
-
-    def __init__(self, space: ParameterSpace, lr: float, settings: LoopSettings) -> None:
-        self.space, self.lr, self.clip_grad = space, lr, settings.clip_grad
-        self.optimizer = torch.optim.AdamW(
-            space.masters, lr=lr, betas=settings.betas, weight_decay=settings.weight_decay
-        )
-
-    def step(self, gradient: Vector, factor: float) -> Tensor:
-        """:param gradient: reduced; clipped in place. :param factor: of the learning rate.
-
-        A gradient that is not finite takes no part: it counts as zero.
-
-        :returns: the gradient's norm before clipping.
-        """
-        norm = self.space.norm(gradient)
-        is_sound = torch.isfinite(norm)
-        gradient = [torch.where(is_sound, part, 0.0) for part in gradient]
-        self.space.clip(gradient, self.clip_grad)
-        for master, part in zip(self.space.masters, gradient, strict=True):
-            master.grad = part
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * factor
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.space.push()
-        return norm
-
-    def moments(self) -> dict[str, Vector]:
-        """The two running averages as vectors; zeros before the first step."""
-        states = [self.optimizer.state.get(master, {}) for master in self.space.masters]
-        return {
-            name: [state.get(name, zero) for state, zero in zip(states, self.space.zeros(), strict=True)]
-            for name in MOMENTS
-        }
-
-    def load_moments(self, moments: dict[str, Vector], count: int) -> None:
-        """:param count: optimizer steps taken so far."""
-        for index, master in enumerate(self.space.masters):
-            self.optimizer.state[master] = {
-                "step": torch.tensor(float(count)),
-                **{name: vector[index] for name, vector in moments.items()},
-            }
 
 
 class _Outcome(NamedTuple):
@@ -111,7 +49,9 @@ class _Outcome(NamedTuple):
 
 
 class BilevelLoop[Batch]:
-    """:param lower: proxy, target and validation loss. :param upper: score model."""
+    """:param lower: proxy, target and validation loss. :param upper: score model.
+    :param proxy_optimizer: on the lower level's space. :param score_optimizer: on the upper level's.
+    """
 
     def __init__(
         self,
@@ -120,10 +60,11 @@ class BilevelLoop[Batch]:
         curvature: Curvature,
         solver: Solver,
         settings: LoopSettings,
+        proxy_optimizer: Optimizer,
+        score_optimizer: Optimizer,
     ) -> None:
         self.lower, self.upper, self.curvature, self.solver, self.settings = lower, upper, curvature, solver, settings
-        self.proxy_optimizer = AdamW(lower.space, settings.lr_proxy, settings)
-        self.score_optimizer = AdamW(upper.space, settings.lr_score, settings)
+        self.proxy_optimizer, self.score_optimizer = proxy_optimizer, score_optimizer
         self.steps_done = 0
 
     def step(self, batches: Sequence[Batch], validation: Sequence[Batch]) -> dict[str, float]:
@@ -173,7 +114,7 @@ class BilevelLoop[Batch]:
 
     def _validation(self, batches: Sequence[Batch]) -> tuple[Tensor, Vector]:
         """f and ∇f over the global validation batch."""
-        gradient = self.lower.space.zeros()
+        gradient = self.lower.space.accumulator()
         value = torch.stack([self.lower.add_validation_gradient(batch, gradient) for batch in batches]).sum()
         return group_sum_(value, self._dp_group), self.lower.space.reduce_gradients(gradient)
 
@@ -201,10 +142,15 @@ class BilevelLoop[Batch]:
         return dict(zip(figures, numbers, strict=True))
 
     def vectors(self) -> tuple[dict[str, Vector], dict[str, Vector]]:
-        """What a checkpoint holds: vectors like the proxy's and like the score model's parameters, by name."""
+        """What a checkpoint holds: whole vectors like the proxy's and like the score model's parameters, by name. All
+        ranks call it."""
         lower = {"master": self.lower.space.masters, **self.proxy_optimizer.moments()}
         upper = {"master": self.upper.space.masters, **self.score_optimizer.moments()}
-        return lower | self.solver.state_dict()["vectors"], upper
+        lower |= self.solver.state_dict()["vectors"]
+        return (
+            {name: self.lower.space.whole(vector) for name, vector in lower.items()},
+            {name: self.upper.space.whole(vector) for name, vector in upper.items()},
+        )
 
     def scalars(self) -> dict[str, Any]:
         return {"steps_done": self.steps_done, "solver": self.solver.state_dict()["scalars"]}
@@ -213,12 +159,10 @@ class BilevelLoop[Batch]:
     def load(self, lower: dict[str, Vector], upper: dict[str, Vector], scalars: dict[str, Any]) -> None:
         """Continue from what `vectors()` and `scalars()` returned, to the same numbers."""
         self.steps_done = int(scalars["steps_done"])
-        for space, optimizer, vectors, count in (
-            (self.lower.space, self.proxy_optimizer, lower, self.steps_done * self.settings.inner_steps),
-            (self.upper.space, self.score_optimizer, upper, self.steps_done),
-        ):
-            torch._foreach_copy_(space.masters, vectors["master"])
-            space.push()
-            optimizer.load_moments({name: vectors[name] for name in MOMENTS}, count)
-        solver_vectors = {name: vector for name, vector in lower.items() if name not in ("master", *MOMENTS)}
+        own = {name: self.lower.space.own(vector) for name, vector in lower.items()}
+        self.proxy_optimizer.load(own, self.steps_done * self.settings.inner_steps)
+        self.score_optimizer.load(
+            {name: self.upper.space.own(vector) for name, vector in upper.items()}, self.steps_done
+        )
+        solver_vectors = {name: vector for name, vector in own.items() if name not in ("master", *MOMENTS)}
         self.solver.load_state_dict({"vectors": solver_vectors, "scalars": scalars["solver"]})

@@ -43,22 +43,40 @@ class Solver(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-def running_average_(average: Vector, new: Vector, beta: float) -> None:
-    """average ← β average + (1 − β) new."""
-    torch._foreach_lerp_(average, new, 1 - beta)
+class RunningAverage:
+    """The right-hand side b: a bias-corrected exponential average of ∇f.
+
+        a ← β a + (1 − β) ∇f,  b = a / (1 − βᵗ)
+
+    A ∇f that is not finite is replaced by the average so far.
+    """
+
+    def __init__(self, space: ParameterSpace, beta: float) -> None:
+        self.space, self.beta = space, beta
+        self.average = space.zeros()
+        self.count = 0
+
+    def add(self, gradient: Vector) -> tuple[Vector, Tensor]:
+        """b, and whether the gradient was sound: a boolean scalar."""
+        is_sound = torch.isfinite(self.space.norm(gradient))
+        self.count += 1
+        # an unsound ∇f enters as a repetition of the average so far, so that nothing of it is kept
+        correction = 1 - self.beta ** (self.count - 1) if self.count > 1 else 1.0
+        replacement = torch._foreach_div(self.average, correction)
+        gradient = [torch.where(is_sound, new, old) for new, old in zip(gradient, replacement, strict=True)]
+        torch._foreach_lerp_(self.average, gradient, 1 - self.beta)
+        return list(torch._foreach_div(self.average, 1 - self.beta**self.count)), is_sound
 
 
 class Averaged:
-    """One or more damped steps on a z that is never restarted, with a running average of ∇f on the right.
+    """One or more damped steps on a z that is never restarted, with a running average b of ∇f on the right.
 
-        b ← β b + (1 − β) ∇f, divided by 1 − βᵗ                     bias-corrected exponential average
         z ← z − α ((H + δI) z − b),  α = min(lr, 1 / (δ + λ))
         λ ← max(‖Hz‖²/zᵀHz, 0.99 λ)
 
     ‖Hz‖²/zᵀHz is at most the largest eigenvalue of a positive semi-definite H, so α is a stable step along z whatever
     the lr, and every step satisfies ‖z'‖ ≤ (1 − αδ)‖z‖ + α‖b‖. Curvature that breaks this (zᵀHz < 0, or a product
-    that is not finite) is not applied: that step takes H = 0, which keeps the bound, and is counted. A right-hand side
-    that is not finite is replaced by the average so far, and is counted.
+    that is not finite) is not applied: that step takes H = 0, which keeps the bound, and is counted.
 
     Without curvature z is b itself.
     """
@@ -66,21 +84,13 @@ class Averaged:
     is_simultaneous = True
 
     def __init__(self, space: ParameterSpace, lr: float, damping: float, beta: float, steps: int = 1) -> None:
-        self.space, self.lr, self.damping, self.beta, self.steps = space, lr, damping, beta, steps
-        self.z, self.average = space.zeros(), space.zeros()
+        self.space, self.lr, self.damping, self.steps = space, lr, damping, steps
+        self.z, self.right = space.zeros(), RunningAverage(space, beta)
         self.largest = torch.zeros((), dtype=torch.float64, device=space.masters[0].device)  # λ
-        self.count = 0
 
     def step(self, product: Product, gradient: Vector, first_product: Vector | None = None) -> Solution:
         space = self.space
-        is_sound = torch.isfinite(space.norm(gradient))
-        self.count += 1
-        # an unsound ∇f enters as a repetition of the average so far, so that nothing of it is kept
-        correction = 1 - self.beta ** (self.count - 1) if self.count > 1 else 1.0
-        replacement = torch._foreach_div(self.average, correction)
-        gradient = [torch.where(is_sound, new, old) for new, old in zip(gradient, replacement, strict=True)]
-        running_average_(self.average, gradient, self.beta)
-        b = list(torch._foreach_div(self.average, 1 - self.beta**self.count))
+        b, is_sound = self.right.add(gradient)
         b_norm = space.norm(b)
         residual, contained = torch.zeros_like(b_norm), (~is_sound).to(b_norm.dtype)
         for index in range(self.steps):
@@ -106,14 +116,78 @@ class Averaged:
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "vectors": {"z": self.z, "average": self.average},
-            "scalars": {"count": self.count, "largest": float(self.largest)},
+            "vectors": {"z": self.z, "average": self.right.average},
+            "scalars": {"count": self.right.count, "largest": float(self.largest)},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.z, self.average = list(state["vectors"]["z"]), list(state["vectors"]["average"])
-        self.count = int(state["scalars"]["count"])
+        self.z, self.right.average = list(state["vectors"]["z"]), list(state["vectors"]["average"])
+        self.right.count = int(state["scalars"]["count"])
         self.largest.fill_(state["scalars"]["largest"])
+
+
+class ConjugateGradient:
+    """A few conjugate-gradient iterations a step on (H + δI) z = b, H of this step's batch, from the z of before.
+
+    It is made for a positive semi-definite H, for which every iterate satisfies ‖z'‖ ≤ 2‖b‖/δ + ‖z‖. The iterations
+    end where the curvature along a direction is not positive; a z beyond that bound, or not finite, is not taken. Both
+    are counted, and leave the z that was there.
+
+    :param steps: iterations, one product each.
+    """
+
+    is_simultaneous = True
+
+    def __init__(self, space: ParameterSpace, damping: float, beta: float, steps: int) -> None:
+        self.space, self.damping, self.steps = space, damping, steps
+        self.z, self.right = space.zeros(), RunningAverage(space, beta)
+
+    def step(self, product: Product, gradient: Vector, first_product: Vector | None = None) -> Solution:
+        space = self.space
+        b, is_sound = self.right.add(gradient)
+        b_norm, z_norm = space.norm(b), space.norm(self.z)
+        hz = first_product if first_product is not None else product(self.z)
+        assert hz is not None, "settings_check asks for a curvature product"
+        z = [part.clone() for part in self.z]
+        r = [rhs - h - self.damping * part for rhs, h, part in zip(b, hz, z, strict=True)]
+        p = [part.clone() for part in r]
+        size = space.dot(r, r)
+        residual = size.sqrt() / b_norm.clamp_min(1e-30)
+        is_going = torch.isfinite(size)
+        for index in range(self.steps):
+            hp = product(p)
+            assert hp is not None
+            torch._foreach_add_(hp, p, alpha=self.damping)
+            curvature = space.dot(p, hp)
+            is_going = is_going & ((curvature > 0) & torch.isfinite(curvature) | (size == 0))
+            alpha = torch.where(is_going & (size > 0), size / curvature, 0.0)
+            _add_(z, p, alpha, is_going)
+            if index == self.steps - 1:
+                break
+            _add_(r, hp, -alpha, is_going)
+            new_size = space.dot(r, r)
+            factor = torch.where(is_going & (size > 0), new_size / size, 0.0)
+            p = [part + along * factor.to(part.dtype) for part, along in zip(r, p, strict=True)]
+            size = new_size
+        norm = space.norm(z)
+        bound = 2 * b_norm / self.damping + z_norm if self.damping else torch.full_like(norm, torch.inf)
+        is_taken = torch.isfinite(norm) & (norm <= bound)
+        self.z = [torch.where(is_taken, new, old) for new, old in zip(z, self.z, strict=True)]
+        contained = (~is_sound).to(b_norm.dtype) + (~(is_going & is_taken)).to(b_norm.dtype)
+        return Solution(space.norm(self.z), residual, contained)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"vectors": {"z": self.z, "average": self.right.average}, "scalars": {"count": self.right.count}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.z, self.right.average = list(state["vectors"]["z"]), list(state["vectors"]["average"])
+        self.right.count = int(state["scalars"]["count"])
+
+
+def _add_(total: Vector, part: Vector, factor: Tensor, is_used: Tensor) -> None:
+    """total += factor part where `is_used`; a part that is not finite leaves no trace otherwise."""
+    for one, other in zip(total, part, strict=True):
+        one.add_(torch.where(is_used, other, 0.0) * factor.to(one.dtype))
 
 
 class Paper:

@@ -1,8 +1,10 @@
 """Vectors in a model's parameter space, on one rank of a tensor- and data-parallel job.
 
-A vector (a gradient, z, a running average) is a list of tensors shaped like this rank's parameters: float32, or
-float64 where the parameters are (the toy models of the tests). Every data-parallel rank holds the same vector; a
-tensor-parallel rank holds its shards of the sharded parameters and a copy of the others.
+A vector (a gradient, z, a running average) is a list of tensors shaped like the masters: float32, or float64 where the
+parameters are (the toy models of the tests). A tensor-parallel rank holds its shards of the sharded parameters and a
+copy of the others. Every data-parallel rank holds the same vector, or its own part of it where a distributed optimizer
+shares out the masters (`mcore.space`). Gradients are collected in an `accumulator`, shaped like this rank's
+parameters, which `reduce_gradients` makes a vector of.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -41,6 +43,11 @@ def difference_fraction(parameters: Sequence[Tensor], masters: Sequence[Tensor])
     return max(precision, *(torch.finfo(parameter.dtype).eps for parameter in parameters))
 
 
+def _master(parameter: Tensor) -> Tensor:
+    """The parameter itself where it has the precision already."""
+    return parameter.data if parameter.dtype in (torch.float32, torch.float64) else parameter.detach().float()
+
+
 class ParameterSpace:
     """The parameters of one model, with inner products and reductions that count every parameter once.
 
@@ -50,6 +57,7 @@ class ParameterSpace:
         copies inside sequence-parallel regions is.
     :param tp_group: tensor-parallel process group; None for one rank.
     :param dp_group: data-parallel process group; None for one rank.
+    :param masters: the parameters in full precision, in another layout where a subclass's `push` knows it.
     """
 
     def __init__(
@@ -59,17 +67,14 @@ class ParameterSpace:
         needs_tp_sum: Sequence[bool] | None = None,
         tp_group: Any = None,
         dp_group: Any = None,
+        masters: Sequence[Tensor] | None = None,
     ) -> None:
         self.parameters = list(parameters)
         self.is_sharded = list(is_sharded or [False] * len(self.parameters))
         self.needs_tp_sum = list(needs_tp_sum or [False] * len(self.parameters))
         assert len(self.parameters) == len(self.is_sharded) == len(self.needs_tp_sum) > 0
         self.tp_group, self.dp_group = tp_group, dp_group
-        # master weights: the parameter itself where it has the precision already
-        self.masters: Vector = [
-            parameter.data if parameter.dtype in (torch.float32, torch.float64) else parameter.detach().float()
-            for parameter in self.parameters
-        ]
+        self.masters: Vector = list(masters) if masters is not None else [_master(p) for p in self.parameters]
         self.difference_fraction = difference_fraction(self.parameters, self.masters)
 
     @torch.no_grad()
@@ -81,6 +86,25 @@ class ParameterSpace:
 
     def zeros(self) -> Vector:
         return [torch.zeros_like(master) for master in self.masters]
+
+    def accumulator(self) -> Vector:
+        """Zeros to add gradients to: like this rank's parameters, in the precision of the masters."""
+        return self.zeros()
+
+    def harvest_(self, accumulator: Vector) -> None:
+        """Move what backward passes have left of gradients onto an accumulator, and leave the parameters without."""
+        for parameter, total in zip(self.parameters, accumulator, strict=True):
+            if parameter.grad is not None:
+                total.add_(parameter.grad)
+                parameter.grad = None
+
+    def whole(self, vector: Vector) -> Vector:
+        """A vector shaped like this rank's parameters, on every data-parallel rank: what checkpoints hold."""
+        return vector
+
+    def own(self, whole: Vector) -> Vector:
+        """The inverse of `whole`."""
+        return whole
 
     def numel(self) -> Tensor:
         """Parameters of the whole model, over all tensor-parallel ranks: a float64 scalar tensor."""
@@ -108,12 +132,18 @@ class ParameterSpace:
         return self.dot(u, u).sqrt()
 
     @torch.no_grad()
-    def reduce_gradients(self, gradients: Vector) -> Vector:
-        """Sum over data-parallel ranks, and over tensor-parallel ranks where gradients are partial. In place."""
-        partial = [g for g, needed in zip(gradients, self.needs_tp_sum, strict=True) if needed]
-        _sum_buckets_(partial, self.tp_group)
-        _sum_buckets_(gradients, self.dp_group)
-        return gradients
+    def reduce_gradients(self, accumulator: Vector) -> Vector:
+        """Sum over data-parallel ranks, and over tensor-parallel ranks where gradients are partial.
+
+        :param accumulator: not to be used afterwards.
+        """
+        self.sum_partial_(accumulator)
+        sum_buckets_(accumulator, self.dp_group)
+        return accumulator
+
+    def sum_partial_(self, accumulator: Vector) -> None:
+        """Sum over tensor-parallel ranks where gradients are partial."""
+        sum_buckets_([g for g, needed in zip(accumulator, self.needs_tp_sum, strict=True) if needed], self.tp_group)
 
     @torch.no_grad()
     def clip(self, gradients: Vector, max_norm: float) -> Tensor:
@@ -144,8 +174,7 @@ class ParameterSpace:
         try:
             yield move_to
         finally:
-            for master, original in zip(self.masters, saved, strict=True):
-                master.copy_(original)
+            torch._foreach_copy_(self.masters, saved)
             self.push()
 
     @contextmanager
@@ -156,7 +185,8 @@ class ParameterSpace:
             yield
 
 
-def _sum_buckets_(tensors: Vector, group: Any) -> None:
+def sum_buckets_(tensors: Vector, group: Any) -> None:
+    """Sum tensors over a group in place, many in one collective."""
     if group_size(group) == 1 or not tensors:
         return
     bucket: Vector = []

@@ -20,6 +20,7 @@ class Batch:
     labels: Tensor  # int64 [b, s]
     loss_mask: Tensor  # float32 [b, s], 1 where a loss counts
     lengths: Tensor  # int64 [b], positions that are not padding
+    labelled: Tensor | None  # int64 [n], where loss_mask is 1, as position · b + row; None: everywhere
 
 
 def make_batch(
@@ -43,8 +44,10 @@ def make_batch(
         tokens[row, :length] = sequence[:length]
         labels[row, :length] = sequence[1 : length + 1]
         mask[row, :length] = 1 if loss_masks is None else loss_masks[row][1 : length + 1]
-    arrays = (tokens, labels, mask, lengths)
-    return Batch(*(torch.from_numpy(array).to(device, non_blocking=True) for array in arrays))
+    arrays = [torch.from_numpy(array).to(device, non_blocking=True) for array in (tokens, labels, mask, lengths)]
+    # found on the host: a device would have to be waited for
+    labelled = None if mask.all() else torch.from_numpy(np.flatnonzero(mask.T)).to(device, non_blocking=True)
+    return Batch(*arrays, labelled)
 
 
 def padded_length(length: int, multiple: int) -> int:

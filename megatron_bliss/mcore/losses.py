@@ -25,6 +25,12 @@ CHUNK = 1 << 18  # logits of one model in a chunk on a CPU: what its cache holds
 GPU_CHUNK = 1 << 24  # enough to fill a GPU
 
 
+def chunks(logits: Tensor) -> list[slice]:
+    """Rows of logits, [t, v], to be held in float32 at a time."""
+    size = max((GPU_CHUNK if logits.is_cuda else CHUNK) // logits.shape[1], 1)
+    return [slice(start, start + size) for start in range(0, len(logits), size)]
+
+
 @dataclass(frozen=True)
 class VocabShard:
     """The columns of the vocabulary that this tensor-parallel rank holds, all ranks having equally many."""
@@ -76,9 +82,7 @@ def token_terms_(
     real = shard.real_columns(width)
     cross_entropy = torch.zeros(len(logits), device=logits.device)
     kl = torch.zeros_like(cross_entropy)
-    size = max((GPU_CHUNK if logits.is_cuda else CHUNK) // width, 1)
-    for start in range(0, len(logits), size):
-        rows = slice(start, start + size)
+    for rows in chunks(logits):
         chunk = _Chunk(logits[rows, :real], labels[rows] - shard.rank * width, shard, divergence, rows, real)
         cross_entropy[rows], kl[rows] = chunk.cross_entropy, chunk.kl
         if weights is not None:

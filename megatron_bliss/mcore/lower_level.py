@@ -13,15 +13,13 @@ import torch
 from torch import Tensor
 
 from megatron_bliss.bilevel import objective
-from megatron_bliss.bilevel.hypergradient import harvest_
 from megatron_bliss.bilevel.levels import LowerTerms
-from megatron_bliss.bilevel.space import Vector, group_sum_
+from megatron_bliss.bilevel.space import ParameterSpace, Vector, group_sum_
 from megatron_bliss.mcore import models
 from megatron_bliss.mcore.batches import Batch, mean_losses
+from megatron_bliss.mcore.gauss_newton import gauss_newton_
 from megatron_bliss.mcore.losses import Divergence, VocabShard, token_terms_
 from megatron_bliss.mcore.parallel import ParallelContext
-from megatron_bliss.mcore.score_model import ScoreModel
-from megatron_bliss.mcore.space import parameter_space
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +40,9 @@ def micro_batches(batches: Sequence[Batch], context: ParallelContext) -> list[Mi
 class MegatronLowerLevel:
     """Proxy and frozen target.
 
+    :param space: of the proxy.
     :param target: None without a KL term; then nothing of the target is ever computed.
+    :param shard: this rank's columns of the vocabulary.
     :param gamma: weight of the KL term.
     :param kl_direction: `target_proxy` or `proxy_target`.
     """
@@ -50,51 +50,81 @@ class MegatronLowerLevel:
     def __init__(
         self,
         proxy: Any,
+        space: ParameterSpace,
         target: Any | None,
-        context: ParallelContext,
-        vocab_size: int,
+        shard: VocabShard,
         gamma: float,
         kl_direction: str = "target_proxy",
     ) -> None:
-        self.proxy, self.target, self.gamma, self.kl_direction = proxy, target, gamma, kl_direction
-        self.space = parameter_space(proxy, context)
-        self.shard = VocabShard.of(context, vocab_size)
+        self.proxy, self.space, self.target, self.shard = proxy, space, target, shard
+        self.gamma, self.kl_direction = gamma, kl_direction
         self._target_logits: tuple[MicroBatch, Tensor] | None = None
 
     def add_gradient(self, batch: MicroBatch, weights: Tensor, gradient: Vector) -> LowerTerms:
         """See `LowerLevel`. Memory: one micro-batch's graph, its logits and the target's."""
-        mask = batch.batch.loss_mask
-        token_weights = mask * (weights / mask.sum(1).clamp_min(1)).unsqueeze(1)
-        kl_weights = mask * (self.gamma / batch.num_tokens)
-        logits = _by_token(models.logits(self.proxy, batch.batch.tokens))
-        cross_entropy, kl = self._terms_(logits, batch, self._divergence(batch), token_weights, kl_weights, gradient)
-        return LowerTerms(mean_losses(cross_entropy, batch.batch), (kl * mask).sum() / batch.num_tokens)
+        logits = models.logits(self.proxy, batch.batch)
+        return self._add_gradient(logits, batch, weights, gradient)
 
     @torch.no_grad()
     def losses(self, batch: MicroBatch) -> Tensor:
-        logits = _by_token(models.logits(self.proxy, batch.batch.tokens))
-        cross_entropy, _ = token_terms_(logits, _positions_first(batch.batch.labels), self.shard)
-        return mean_losses(_rows_first(cross_entropy, batch.batch), batch.batch)
+        logits = models.logits(self.proxy, batch.batch)
+        cross_entropy, _ = token_terms_(logits, labelled(batch.batch.labels, batch.batch), self.shard)
+        return mean_losses(everywhere(cross_entropy, batch.batch), batch.batch)
+
+    @torch.no_grad()
+    def outputs(self, batch: MicroBatch) -> Tensor:
+        """Logits, float32 [n, v]."""
+        return models.logits(self.proxy, batch.batch).float()
+
+    def add_gauss_newton(
+        self, batch: MicroBatch, weights: Tensor, tangent: Tensor, gradient: Vector | None, product: Vector
+    ) -> tuple[LowerTerms, Tensor]:
+        """See `LowerLevel`. Memory: as `add_gradient`, and the tangent."""
+        token_weights, kl_weights = self._weights(batch, weights)
+        total = token_weights if self.target is None else token_weights + kl_weights
+        logits = models.logits(self.proxy, batch.batch)
+        along = gauss_newton_(logits.detach(), tangent, labelled(batch.batch.labels, batch.batch), self.shard, total)
+        tangent = tangent.to(logits.dtype)
+        torch.autograd.backward(logits, tangent, retain_graph=gradient is not None)
+        self.space.harvest_(product)
+        if gradient is not None:
+            terms = self._add_gradient(logits, batch, weights, gradient)
+        else:  # a solver asks for another product: the terms are known
+            terms = LowerTerms(weights.new_zeros(len(weights)), weights.new_zeros(()))
+        return terms, mean_losses(everywhere(along, batch.batch), batch.batch)
 
     def objective(self, batch: MicroBatch, weights: Tensor) -> Tensor:
         """See `LowerLevel`; plain torch operations on the whole vocabulary, so for one tensor-parallel rank."""
-        mask, real = batch.batch.loss_mask, self.shard.vocab_size
-        logits = models.logits(self.proxy, batch.batch.tokens)[..., :real].float()
-        losses = mean_losses(objective.cross_entropy(logits, batch.batch.labels), batch.batch)
-        value = (weights * losses).sum()
+        real, token_labels = self.shard.vocab_size, labelled(batch.batch.labels, batch.batch)
+        token_weights, kl_weights = self._weights(batch, weights)
+        logits = models.logits(self.proxy, batch.batch)[:, :real].float()
+        value = (token_weights * objective.cross_entropy(logits, token_labels)).sum()
         if (divergence := self._divergence(batch)) is not None:
-            target = divergence.target_logits.view(*logits.transpose(0, 1).shape[:2], -1).transpose(0, 1)
-            kl = objective.kl_divergence(logits, target[..., :real].float(), self.kl_direction)
-            value = value + self.gamma * (kl * mask).sum() / batch.num_tokens
+            target = divergence.target_logits[:, :real].float()
+            value = value + (kl_weights * objective.kl_divergence(logits, target, self.kl_direction)).sum()
         return value
 
     def add_validation_gradient(self, batch: MicroBatch, gradient: Vector) -> Tensor:
-        mask = batch.batch.loss_mask
-        logits = _by_token(models.logits(self.proxy, batch.batch.tokens))
-        cross_entropy, _ = self._terms_(logits, batch, None, mask / batch.num_tokens, None, gradient)
-        return (cross_entropy * mask).sum() / batch.num_tokens
+        logits = models.logits(self.proxy, batch.batch)
+        weights = labelled(batch.batch.loss_mask, batch.batch) / batch.num_tokens
+        cross_entropy, _ = self._backward(logits, batch, None, weights, None, gradient)
+        return (cross_entropy * weights).sum()
 
-    def _terms_(
+    def _add_gradient(self, logits: Tensor, batch: MicroBatch, weights: Tensor, gradient: Vector) -> LowerTerms:
+        token_weights, kl_weights = self._weights(batch, weights)
+        divergence = self._divergence(batch)
+        cross_entropy, kl = self._backward(logits, batch, divergence, token_weights, kl_weights, gradient)
+        losses = mean_losses(everywhere(cross_entropy, batch.batch), batch.batch)
+        return LowerTerms(losses, kl.sum() / batch.num_tokens)
+
+    def _weights(self, batch: MicroBatch, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Of each labelled token in G, for its cross-entropy and its KL: [n] each."""
+        mask = batch.batch.loss_mask
+        token_weights = mask * (weights / mask.sum(1).clamp_min(1)).unsqueeze(1)
+        kl_weights = mask * (self.gamma / batch.num_tokens)
+        return labelled(token_weights, batch.batch), labelled(kl_weights, batch.batch)
+
+    def _backward(
         self,
         logits: Tensor,
         batch: MicroBatch,
@@ -103,21 +133,15 @@ class MegatronLowerLevel:
         kl_weights: Tensor | None,
         gradient: Vector,
     ) -> tuple[Tensor, Tensor]:
-        """CE and KL, [b, s]; adds the gradient of their weighted sum to `gradient`. Weights are [b, s]."""
+        """CE and KL, [n]; adds the gradient of their weighted sum to `gradient`. Weights are [n]."""
         # the same memory, as nothing reads the logits after this; `data`, since autograd would notice a change of
         # `detach()` and route the gradient through a copy
         logit_gradient = logits.data
-        cross_entropy, kl = token_terms_(
-            logit_gradient,
-            _positions_first(batch.batch.labels),
-            self.shard,
-            divergence,
-            _positions_first(weights),
-            None if kl_weights is None else _positions_first(kl_weights),
-        )
+        labels = labelled(batch.batch.labels, batch.batch)
+        terms = token_terms_(logit_gradient, labels, self.shard, divergence, weights, kl_weights)
         torch.autograd.backward(logits, logit_gradient)
-        harvest_(self.space.parameters, gradient)
-        return _rows_first(cross_entropy, batch.batch), _rows_first(kl, batch.batch)
+        self.space.harvest_(gradient)
+        return terms
 
     def _divergence(self, batch: MicroBatch) -> Divergence | None:
         """The target's logits are kept for the latest micro-batch: one forward pass where the loop goes through all
@@ -127,32 +151,30 @@ class MegatronLowerLevel:
         if self._target_logits is None or self._target_logits[0] is not batch:
             self._target_logits = None  # before the next are made
             with torch.no_grad():
-                self._target_logits = (batch, _by_token(models.logits(self.target, batch.batch.tokens)))
+                self._target_logits = (batch, models.logits(self.target, batch.batch))
         return Divergence(self._target_logits[1], self.kl_direction)
 
 
 class MegatronUpperLevel:
     """The score model."""
 
-    def __init__(self, score_model: ScoreModel, context: ParallelContext) -> None:
-        self.score_model = score_model
-        self.space = parameter_space(score_model, context)
+    def __init__(self, score_model: Any, space: ParameterSpace) -> None:
+        self.score_model, self.space = score_model, space
 
     def logits(self, batch: MicroBatch) -> Tensor:
         scores: Tensor = self.score_model(batch.batch)
         return scores
 
 
-def _by_token(logits: Tensor) -> Tensor:
-    """[b, s, v], as a view of Megatron's [s, b, v], to [s·b, v] without a copy."""
-    return logits.transpose(0, 1).flatten(0, 1)
+def labelled(values: Tensor, batch: Batch) -> Tensor:
+    """[b, s] to [n]: what belongs to the rows of `models.logits`."""
+    values = values.t().reshape(-1)
+    return values if batch.labelled is None else values[batch.labelled]
 
 
-def _positions_first(values: Tensor) -> Tensor:
-    """[b, s] to [s·b]."""
-    return values.t().reshape(-1)
-
-
-def _rows_first(values: Tensor, batch: Batch) -> Tensor:
-    """[s·b] to [b, s]."""
-    return values.view(batch.tokens.shape[1], batch.tokens.shape[0]).t()
+def everywhere(values: Tensor, batch: Batch) -> Tensor:
+    """[n] to [b, s], zeros where nothing is labelled."""
+    rows, columns = batch.tokens.shape
+    if batch.labelled is not None:
+        values = values.new_zeros(rows * columns).index_copy(0, batch.labelled, values)
+    return values.view(columns, rows).t()

@@ -17,6 +17,10 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor
@@ -50,7 +54,7 @@ def build_language_model(
 ) -> GPTModel:
     """A randomly initialised GPTModel on this rank's device; the same weights at every tensor-parallel size.
 
-    Parameters are float32, or bfloat16 where `model.bf16` says so (masters: `space.parameter_space`).
+    Parameters are float32, or bfloat16 where `model.bf16` says so (masters: `space.MegatronSpace`).
 
     :param vocab_size: of the tokenizer, before padding.
     :param recompute: recompute activations layer by layer in the backward pass instead of keeping them.
@@ -146,13 +150,24 @@ def token_losses(model: GPTModel, batch: Batch) -> Tensor:
     return losses.float()
 
 
-def logits(model: GPTModel, tokens: Tensor) -> Tensor:
-    """This rank's part of the vocabulary: [b, s, padded vocabulary / tp], in the model's dtype, a view of [s, b, …]."""
+def logits(model: GPTModel, batch: Batch) -> Tensor:
+    """This rank's part of the vocabulary where the batch has labels: [n, padded vocabulary / tp], in the model's dtype.
+
+    The output layer, the largest of a small model, runs for nothing else. Rows are in the order of `batch.labelled`.
+    """
 
     def processor(hidden_states: Tensor, output_layer: Any, **_: Any) -> Tensor:
-        return output_layer(hidden_states)[0].transpose(0, 1)
+        if batch.labelled is None:
+            return output_layer(hidden_states)[0].flatten(0, 1)
+        # what the output layer does around its product, for some rows: backward, the gradients of all ranks are summed
+        if model.config.sequence_parallel:
+            hidden_states = gather_from_sequence_parallel_region(hidden_states)
+        rows = hidden_states.flatten(0, 1).index_select(0, batch.labelled)
+        if not model.config.sequence_parallel:
+            rows = copy_to_tensor_model_parallel_region(rows)
+        return torch.nn.functional.linear(rows, output_layer.weight)
 
-    return model(tokens, positions(tokens), None, output_processor=processor)
+    return model(batch.tokens, positions(batch.tokens), None, output_processor=processor)
 
 
 def positions(tokens: Tensor) -> Tensor:

@@ -1,22 +1,145 @@
-"""The parameter space of a Megatron model."""
+"""A Megatron model with its optimizer as a parameter space.
+
+The model sits in Megatron's DistributedDataParallel, whose buffers collect gradients in float32, and the optimizer is
+Megatron's: plain, with float32 masters of bfloat16 parameters, or the distributed optimizer, where every data-parallel
+rank holds masters and moments of its own part of each parameter. Vectors are shaped like the masters in each case.
+"""
+
+from typing import Any
 
 import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch import Tensor
 
-from megatron_bliss.bilevel.space import ParameterSpace
+from megatron_bliss.bilevel.optimizer import AdamSettings, Optimizer
+from megatron_bliss.bilevel.space import ParameterSpace, Vector, group_size, group_sum_, sum_buckets_
 from megatron_bliss.mcore.parallel import ParallelContext
 
 
-def parameter_space(model: torch.nn.Module, context: ParallelContext) -> ParameterSpace:
+class MegatronSpace(ParameterSpace):
     """The trainable parameters of a model, in the order of `model.parameters()`.
 
     Megatron marks tensor-parallel shards with `tensor_model_parallel`; copies inside sequence-parallel regions (norms,
     biases of row-parallel layers), whose gradients see only this rank's part of a sequence, with `sequence_parallel`.
+
+    The gradient buffers must be empty when a backward pass of the engine begins, and are empty after it.
+
+    :param model: already holding the weights to begin with, for masters are copies of them.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return ParameterSpace(
-        parameters,
-        is_sharded=[bool(getattr(parameter, "tensor_model_parallel", False)) for parameter in parameters],
-        needs_tp_sum=[bool(getattr(parameter, "sequence_parallel", False)) for parameter in parameters],
-        tp_group=context.tp_group if context.tp_size > 1 else None,
-        dp_group=context.dp_group if context.dp_size > 1 else None,
+
+    def __init__(self, model: torch.nn.Module, context: ParallelContext, adam: AdamSettings, distributed: bool) -> None:
+        self.ddp = _wrapped(model, distributed)
+        wrapper = get_megatron_optimizer(_optimizer_config(model, adam, distributed), [self.ddp])
+        (self._wrapper,) = getattr(wrapper, "chained_optimizers", [wrapper])
+        self.is_shared_out = distributed and context.dp_size > 1
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._ranges = [self._range(parameter) for parameter in parameters]
+        self.held = [self._held(parameter) for parameter in parameters]
+        super().__init__(
+            parameters,
+            is_sharded=[bool(getattr(parameter, "tensor_model_parallel", False)) for parameter in parameters],
+            needs_tp_sum=[bool(getattr(parameter, "sequence_parallel", False)) for parameter in parameters],
+            tp_group=context.tp_group if context.tp_size > 1 else None,
+            dp_group=context.dp_group if context.dp_size > 1 else None,
+            masters=[parameter.data for parameter in self.held],
+        )
+
+    def optimizer(self, adam: AdamSettings) -> Optimizer:
+        return Optimizer(self, self._wrapper.optimizer, self.held, adam)
+
+    def _range(self, parameter: Tensor) -> slice:
+        """What this rank holds the masters of."""
+        if not isinstance(self._wrapper, DistributedOptimizer):
+            return slice(0, parameter.numel())
+        if parameter not in self._wrapper.model_param_gbuf_map:
+            return slice(0, 0)
+        own = self._wrapper._get_model_param_range_map(parameter)["param"]
+        return slice(own.start, own.end)
+
+    def _held(self, parameter: Tensor) -> Tensor:
+        """The tensor in the inner optimizer that stands for a parameter, or for this rank's part of it."""
+        if not isinstance(self._wrapper, DistributedOptimizer):
+            main: Tensor = getattr(parameter, "main_param", parameter)
+            return main
+        if parameter not in self._wrapper.model_param_group_index_map:
+            return torch.empty(0, device=parameter.device)
+        group, order = self._wrapper.model_param_group_index_map[parameter]
+        shard: Tensor = self._wrapper.optimizer.param_groups[group]["params"][order]
+        return shard
+
+    @torch.no_grad()
+    def push(self) -> None:
+        if isinstance(self._wrapper, DistributedOptimizer):
+            self._wrapper._copy_main_params_to_model_params()
+            self.ddp.start_param_sync(force_sync=True)
+        else:
+            super().push()
+
+    def _buffers(self) -> list[Tensor]:
+        """Where backward passes add the gradients: views into DDP's buffers, float32."""
+        return [parameter.main_grad for parameter in self.parameters]  # type: ignore[attr-defined]
+
+    def accumulator(self) -> Vector:
+        return [torch.zeros_like(parameter, dtype=torch.float32) for parameter in self.parameters]
+
+    @torch.no_grad()
+    def harvest_(self, accumulator: Vector) -> None:
+        torch._foreach_add_(accumulator, self._buffers())
+        self.ddp.zero_grad_buffer()
+
+    @torch.no_grad()
+    def reduce_gradients(self, accumulator: Vector) -> Vector:
+        self.sum_partial_(accumulator)
+        if group_size(self.dp_group) > 1:
+            torch._foreach_copy_(self._buffers(), accumulator)
+            self.ddp.finish_grad_sync()
+            torch._foreach_copy_(accumulator, self._buffers())
+            self.ddp.zero_grad_buffer()
+        return self.own(accumulator)
+
+    def own(self, whole: Vector) -> Vector:
+        if not isinstance(self._wrapper, DistributedOptimizer):
+            return whole
+        return [part.reshape(-1)[own].clone() for part, own in zip(whole, self._ranges, strict=True)]
+
+    @torch.no_grad()
+    def whole(self, vector: Vector) -> Vector:
+        if not isinstance(self._wrapper, DistributedOptimizer):
+            return vector
+        whole = self.accumulator()
+        for part, own, values in zip(whole, self._ranges, vector, strict=True):
+            part.view(-1)[own] = values
+        sum_buckets_(whole, self.dp_group)
+        return whole
+
+    def _count_once(self, parts: Tensor) -> Tensor:
+        total = super()._count_once(parts)
+        return group_sum_(total, self.dp_group) if self.is_shared_out else total
+
+
+def _wrapped(model: torch.nn.Module, distributed: bool) -> Any:
+    """Gradients are sums over ranks and micro-batches, reduced when asked for."""
+    config: Any = model.config
+    config.calculate_per_token_loss = True  # else gradients would be divided by the number of ranks
+    ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=distributed)
+    ddp = DistributedDataParallel(config, ddp_config, model)
+    ddp.zero_grad_buffer()
+    return ddp
+
+
+def _optimizer_config(model: torch.nn.Module, adam: AdamSettings, distributed: bool) -> OptimizerConfig:
+    """Clipping is ours: it waits for no device."""
+    is_bf16 = any(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=adam.lr,
+        weight_decay=adam.weight_decay,
+        adam_beta1=adam.betas[0],
+        adam_beta2=adam.betas[1],
+        clip_grad=0.0,
+        bf16=is_bf16,
+        params_dtype=torch.bfloat16 if is_bf16 else torch.float32,
+        use_distributed_optimizer=distributed,
     )

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import numpy as np
 from megatron_bliss.artifacts import RunPaths, digest_tree
 from megatron_bliss.bilevel.curvature import Pool, check_exact, make_curvature
 from megatron_bliss.bilevel.loop import BilevelLoop, LoopSettings
-from megatron_bliss.bilevel.solvers import Averaged, Paper, Solver
+from megatron_bliss.bilevel.optimizer import AdamSettings
+from megatron_bliss.bilevel.solvers import Averaged, ConjugateGradient, Paper, Solver
 from megatron_bliss.bilevel.space import ParameterSpace, group_size
 from megatron_bliss.config import BilevelConfig, RunConfig, read_saved_config, warmup_run
 from megatron_bliss.data.inventory import Inventory
@@ -21,10 +23,12 @@ from megatron_bliss.data.slices import Slicing
 from megatron_bliss.data.validation import ValidationSet
 from megatron_bliss.mcore import checkpoint_files, checkpoints, parallel
 from megatron_bliss.mcore.batches import cut_windows, make_batch
+from megatron_bliss.mcore.losses import VocabShard
 from megatron_bliss.mcore.lower_level import MegatronLowerLevel, MegatronUpperLevel, MicroBatch, micro_batches
 from megatron_bliss.mcore.models import build_language_model
 from megatron_bliss.mcore.parallel import ParallelContext, agreed
 from megatron_bliss.mcore.score_model import build_score_model
+from megatron_bliss.mcore.space import MegatronSpace
 from megatron_bliss.progress import MetricsLog, Progress
 from megatron_bliss.stages.inventory import run_inventory
 from megatron_bliss.stages.sources import resume
@@ -102,10 +106,21 @@ def build(
     if settings.gamma:
         checkpoint = target_checkpoint(paths, config, round_number)
         target = checkpoints.load_target(checkpoint, context, config.target.model, vocab_size)
-    lower = MegatronLowerLevel(proxy, target, context, vocab_size, settings.gamma, settings.kl_direction)
-    upper = MegatronUpperLevel(score_model, context)
-    curvature = make_curvature(settings.curvature, lower.space)
-    loop = BilevelLoop(lower, upper, curvature, make_solver(settings, lower.space), loop_settings(settings))
+    adam = AdamSettings(weight_decay=settings.weight_decay, betas=betas(settings), clip_grad=settings.clip_grad)
+    proxy_adam, score_adam = replace(adam, lr=settings.lr_proxy), replace(adam, lr=settings.lr_score)
+    space = MegatronSpace(proxy, context, proxy_adam, config.proxy.distributed_optimizer)
+    score_space = MegatronSpace(score_model, context, score_adam, config.proxy.distributed_optimizer)
+    shard = VocabShard.of(context, vocab_size)
+    lower = MegatronLowerLevel(proxy, space, target, shard, settings.gamma, settings.kl_direction)
+    loop = BilevelLoop(
+        lower,
+        MegatronUpperLevel(score_model, score_space),
+        make_curvature(settings.curvature, space),
+        make_solver(settings, space),
+        loop_settings(settings),
+        space.optimizer(proxy_adam),
+        score_space.optimizer(score_adam),
+    )
     return loop, {checkpoints.MODEL: proxy, checkpoints.SCORE: score_model}
 
 
@@ -130,18 +145,19 @@ def make_solver(settings: BilevelConfig, space: ParameterSpace) -> Solver:
     """By the name in `bilevel.solver`."""
     if settings.solver == "paper":
         return Paper(space, settings.z_lr, settings.damping, settings.clip_grad, settings.z_steps)
+    if settings.solver == "conjugate-gradient":
+        return ConjugateGradient(space, settings.damping, settings.gradient_average, settings.z_steps)
     return Averaged(space, settings.z_lr, settings.damping, settings.gradient_average, settings.z_steps)
+
+
+def betas(settings: BilevelConfig) -> tuple[float, float]:
+    return settings.beta1, settings.beta2
 
 
 def loop_settings(settings: BilevelConfig) -> LoopSettings:
     return LoopSettings(
         outer_steps=settings.outer_steps,
         inner_steps=settings.inner_steps,
-        lr_proxy=settings.lr_proxy,
-        lr_score=settings.lr_score,
-        weight_decay=settings.weight_decay,
-        betas=(settings.beta1, settings.beta2),
-        clip_grad=settings.clip_grad,
         lr_warmup_fraction=settings.lr_warmup_fraction,
         ridge=settings.lambda_,
         weights="naive" if settings.weights == "naive" else "softmax",

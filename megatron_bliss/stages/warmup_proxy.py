@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_bliss.artifacts import RunPaths
-from megatron_bliss.bilevel.hypergradient import harvest_
-from megatron_bliss.bilevel.loop import MOMENTS, AdamW, LoopSettings, lr_factor
+from megatron_bliss.bilevel.optimizer import AdamSettings, Optimizer, lr_factor
 from megatron_bliss.bilevel.space import ParameterSpace, Vector, group_sum_
 from megatron_bliss.config import RunConfig, read_saved_config, warmup_run
 from megatron_bliss.data.sampling import SequenceSampler, share_of_rank
@@ -21,7 +20,7 @@ from megatron_bliss.mcore import checkpoints, parallel
 from megatron_bliss.mcore.batches import Batch, bucket, cut_windows, make_batch
 from megatron_bliss.mcore.models import build_language_model, token_losses
 from megatron_bliss.mcore.parallel import ParallelContext, agreed
-from megatron_bliss.mcore.space import parameter_space
+from megatron_bliss.mcore.space import MegatronSpace
 from megatron_bliss.progress import MetricsLog, Progress
 from megatron_bliss.stages.sources import resume
 
@@ -49,20 +48,18 @@ def run(run_dir: Path) -> None:
         done = resume("warmup-proxy", directory, sources, context.is_first) or 0
     vocab_size = config.data.tokenizer.vocab_size
     model = build_language_model(config.proxy.model, vocab_size, context, config.proxy.recompute)
-    space = parameter_space(model, context)
-    settings = LoopSettings(
-        outer_steps=num_steps,
+    adam = AdamSettings(
+        lr=config.warmup.proxy_lr,
         weight_decay=config.bilevel.weight_decay,
         betas=(config.bilevel.beta1, config.bilevel.beta2),
         clip_grad=config.bilevel.clip_grad,
     )
-    optimizer = AdamW(space, config.warmup.proxy_lr, settings)
-
+    space = MegatronSpace(model, context, adam, config.proxy.distributed_optimizer)
+    optimizer = space.optimizer(adam)
     if done:
-        moments = {name: space.zeros() for name in MOMENTS}
-        vectors = {"master": space.masters, **moments}
+        vectors = whole_vectors(optimizer)
         checkpoints.load(directory, {checkpoints.MODEL: model}, {checkpoints.MODEL: vectors})
-        optimizer.load_moments(moments, done)
+        optimizer.load({name: space.own(vector) for name, vector in vectors.items()}, done)
     progress = Progress("warmup-proxy", num_steps, start=done) if context.is_first else None
     metrics = MetricsLog(directory / "metrics.jsonl", done) if context.is_first else None
     num_tokens = 0
@@ -79,8 +76,14 @@ def run(run_dir: Path) -> None:
                 progress.report(done, num_tokens, **figures)
                 metrics.write(done, **figures, gradient_norm=float(norm))
         if done % config.target.save_interval == 0 or done == num_steps:
-            vectors = {"master": space.masters, **optimizer.moments()}
+            vectors = whole_vectors(optimizer)
             checkpoints.save(directory, done, {checkpoints.MODEL: model}, {checkpoints.MODEL: vectors}, {}, keep=1)
+
+
+def whole_vectors(optimizer: Optimizer) -> dict[str, Vector]:
+    """Masters and moments as a checkpoint holds them. All ranks call it."""
+    vectors = {"master": optimizer.space.masters, **optimizer.moments()}
+    return {name: optimizer.space.whole(vector) for name, vector in vectors.items()}
 
 
 def loss_and_gradient(
@@ -90,12 +93,12 @@ def loss_and_gradient(
 
     :param num_tokens: predicted tokens of the global batch.
     """
-    gradient = space.zeros()
+    gradient = space.accumulator()
     total = torch.zeros((), device=gradient[0].device)
     for batch in batches:
         loss = (token_losses(model, batch) * batch.loss_mask).sum() / num_tokens
         loss.backward()
-        harvest_(space.parameters, gradient)
+        space.harvest_(gradient)
         total += loss.detach()
     return total, space.reduce_gradients(gradient)
 
