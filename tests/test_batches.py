@@ -80,14 +80,15 @@ def test_what_is_measured_on_windows_adds_up(sequence_length: int, batch_tokens:
     totals = Pass(context, sequence_length, batch_tokens).totals(
         lambda batch: torch.stack([(batch.labels * batch.loss_mask).sum(1), batch.loss_mask.sum(1)], dim=1),
         sequences,
-        seen.append,
+        lambda done, padded: seen.append((done, padded)),
     )
     labels = [[t for t in sequences.get(i)[0][1:].tolist() if t % 3] for i in range(6)]
     assert totals.tolist() == [[sum(row), len(row)] for row in labels]
     assert means(totals).tolist() == [np.float32(sum(row) / max(len(row), 1)) for row in labels]
     assert mean(totals) == pytest.approx(sum(map(sum, labels)) / sum(map(len, labels)))
     assert mean(totals[:1]) is None
-    assert seen[-1] == 8 + 29 + 4 + 7
+    assert seen[-1][0] == 8 + 29 + 4 + 7
+    assert seen[-1][1] >= seen[-1][0]
 
 
 def test_sequences_without_a_prediction_score_lowest() -> None:

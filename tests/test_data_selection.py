@@ -13,7 +13,6 @@ from megatron_bliss.artifacts import read_json, write_json
 from megatron_bliss.config import RunConfig
 from megatron_bliss.data.blend import BlendPart, blend_weights, score_weights
 from megatron_bliss.data.sampling import SequenceSampler, permute, share_of_rank
-from megatron_bliss.data.scores import ScoreFiles, ScoreWriter
 from megatron_bliss.data.seeds import derive, hash_positions, uniform
 from megatron_bliss.data.selection import Counts, KeptShard, Selection, write_selection
 from megatron_bliss.data.shards import ShardRecord
@@ -161,112 +160,6 @@ def test_top_k_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_top_k_refuses_nan() -> None:
     with pytest.raises(ValueError, match="NaN"):
         top_k_by_tokens([Candidates("a", np.array([1, np.nan], dtype=np.float32), np.array([1, 1]))], 1)
-
-
-# --- score files
-
-
-def open_writer(directory: Path, records: list[ShardRecord], wanted: dict[str, np.ndarray], model: str) -> ScoreWriter:
-    return ScoreWriter(directory, records, wanted, method="bliss", model_digest=model, seed=1, chunk_sequences=4)
-
-
-def test_scores_are_resumed_by_chunk_and_read_back(tmp_path: Path) -> None:
-    records = [fake_record(20, "a"), fake_record(10, "b"), fake_record(5, "c")]
-    wanted = {"a": np.arange(1, 20, 2, dtype=np.int32), "b": np.arange(4, dtype=np.int32)}
-    writer = open_writer(tmp_path, records, wanted, "m")
-    assert [(chunk.record.name, chunk.number, len(chunk.ids)) for chunk in writer.pending()] == [
-        ("a", 0, 4), ("a", 1, 4), ("a", 2, 2), ("b", 0, 4),
-    ]  # fmt: skip
-    chunks = list(writer.pending())
-    for chunk in (chunks[2], chunks[0]):  # in any order
-        writer.write(chunk, chunk.ids.astype(np.float32))
-    assert (writer.num_scored, writer.num_wanted) == (6, 14)
-    with pytest.raises(UserError, match="6 of 10 sequences of a are scored"):
-        ScoreFiles(tmp_path)
-
-    writer = open_writer(tmp_path, records, wanted, "m")
-    assert [(chunk.record.name, chunk.number) for chunk in writer.pending()] == [("a", 1), ("b", 0)]
-    for chunk in writer.pending():
-        writer.write(chunk, chunk.ids.astype(np.float32))
-    assert writer.num_scored == writer.num_wanted
-    assert not list(open_writer(tmp_path, records, wanted, "m").pending())
-
-    files = ScoreFiles(tmp_path)
-    for record in records[:2]:
-        np.testing.assert_array_equal(files.read(record, wanted[record.name]), wanted[record.name].astype(np.float32))
-    assert files.read(records[2], np.empty(0, dtype=np.int32)).shape == (0,)
-    raw = np.load(tmp_path / "a.npy", allow_pickle=False)
-    assert raw.dtype == np.float32
-    assert np.isnan(raw[::2]).all()
-    manifest = read_json(tmp_path / "manifest.json")
-    assert manifest["direction"] == "higher is better"
-    assert manifest["shards"]["a"] | {"num_scored": 10, "complete": True} == manifest["shards"]["a"]
-
-
-def test_scores_of_another_model_start_afresh(tmp_path: Path) -> None:
-    records, wanted = [fake_record(8, "a")], {"a": np.arange(8, dtype=np.int32)}
-    writer = open_writer(tmp_path, records, wanted, "m")
-    for chunk in writer.pending():
-        writer.write(chunk, np.ones(4, dtype=np.float32))
-    assert len(list(open_writer(tmp_path, records, wanted, "another model").pending())) == 2
-    assert np.isnan(np.load(tmp_path / "a.npy")).all()
-    assert len(list(open_writer(tmp_path, records, {"a": wanted["a"][:7]}, "another model").pending())) == 2
-
-
-def test_bad_scores_are_refused(tmp_path: Path) -> None:
-    records, wanted = [fake_record(8, "a")], {"a": np.arange(0, 8, 2, dtype=np.int32)}
-    writer = open_writer(tmp_path, records, wanted, "m")
-    [chunk] = writer.pending()
-    with pytest.raises(UserError, match="sequence 4 of shard /nowhere/a got NaN"):
-        writer.write(chunk, np.array([1, 2, np.nan, 4], dtype=np.float32))
-    writer.write(chunk, np.ones(4, dtype=np.float32))
-    files = ScoreFiles(tmp_path)
-    with pytest.raises(UserError, match="no score for 4 of the 8 sequences"):
-        files.read(records[0], np.arange(8, dtype=np.int32))
-    with pytest.raises(UserError, match="no scores of shard"):
-        files.read(replace(records[0], bin_sha256="changed"), wanted["a"])
-    np.save(tmp_path / "a.npy", np.zeros(7, dtype=np.float32))
-    with pytest.raises(UserError, match=r"its shard needs float32 \[8\]"):
-        files.read(records[0], wanted["a"])
-    np.save(tmp_path / "a.npy", np.array([None]), allow_pickle=True)
-    with pytest.raises(UserError, match="cannot be read"):
-        files.read(records[0], wanted["a"])
-    (tmp_path / "a.npy").unlink()
-    with pytest.raises(UserError, match="does not exist"):
-        open_writer(tmp_path, records, wanted, "m")
-
-
-def test_a_kill_between_data_and_manifest_loses_one_chunk_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    records, wanted = [fake_record(8, "a")], {"a": np.arange(8, dtype=np.int32)}
-    writer = open_writer(tmp_path, records, wanted, "m")
-    first, second = writer.pending()
-    writer.write(first, np.ones(4, dtype=np.float32))
-
-    def killed(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("megatron_bliss.data.scores.write_json", killed)
-    with pytest.raises(KeyboardInterrupt):
-        writer.write(second, np.ones(4, dtype=np.float32))
-    monkeypatch.undo()
-    assert [chunk.number for chunk in open_writer(tmp_path, records, wanted, "m").pending()] == [1]
-
-
-def test_a_kill_while_starting_afresh_leaves_no_manifest_of_the_old_scores(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    records, wanted = [fake_record(4, "a")], {"a": np.arange(4, dtype=np.int32)}
-    writer = open_writer(tmp_path, records, wanted, "m")
-    writer.write(next(writer.pending()), np.ones(4, dtype=np.float32))
-
-    def killed(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("megatron_bliss.data.scores.write_json", killed)
-    with pytest.raises(KeyboardInterrupt):
-        open_writer(tmp_path, records, wanted, "another model")
-    with pytest.raises(UserError, match=r"manifest.json does not exist"):
-        ScoreFiles(tmp_path)
 
 
 # --- blends

@@ -1,25 +1,35 @@
 """Score files: one float32 number a sequence, higher is better, NaN where nothing was scored.
 
-    scores/NAME.npy        float32 [num_sequences], one file a shard, written in place through a memory map
-    scores/manifest.json   what the numbers are, whose they are, and which chunks are on disk
+    scores/NAME.npy        float32 [num_sequences], one file a shard, to be memory-mapped
+    scores/manifest.json   what the numbers are, whose they are and digests of both; there when all is scored
+    scores/.unfinished-…   until then: the same .npy files, a record of each chunk that is on disk, claims
 
-A chunk is `chunk_sequences` of the wanted ids of one shard, in ascending order. It is written, flushed to disk, and
-then recorded, so that after a kill nothing recorded is missing; chunks need not come in order.
+A chunk is `chunk_sequences` of the wanted ids of one shard, in ascending order. It is the unit that workers claim
+(`data/claims.py`). Its scores are written straight into the shard's file, flushed to disk, and then recorded with
+their digest, so that a kill loses the chunk in work and nothing else. Whoever sees the last chunk recorded checks all
+of them against their digests and finishes: files that lost something are mended by scoring those chunks again.
 """
 
-from collections.abc import Iterator
+import io
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_bliss.artifacts import atomic_write, digest_bytes, digest_json, read_json, write_json
+from megatron_bliss.artifacts import digest_bytes, digest_json, fsync_directory, read_json, write_json
+from megatron_bliss.data.claims import Claims
 from megatron_bliss.data.shards import ShardRecord
 from megatron_bliss.errors import UserError
 
 DIRECTION = "higher is better"
-_FILL_CHUNK = 1 << 20
+SCHEMA = 2
+_FINISH = "finish"  # the claim of who finishes
+_RECORD = ".done"
 
 
 @dataclass(frozen=True)
@@ -29,85 +39,156 @@ class Chunk:
     record: ShardRecord
     number: int
     ids: np.ndarray  # int32 ascending
+    span: tuple[int, int]  # the part of the shard's file that is this chunk's: its ids and those not wanted after them
+
+    @property
+    def name(self) -> str:
+        return f"{self.record.name}.{self.number}"
 
 
 class ScoreWriter:
-    """Writes score files, by one process; continues what a directory already holds of the same scores.
+    """Writes score files, alone or beside other processes that do the same; continues what a directory already holds
+    of the same scores.
 
-    Whatever was scored for another purpose (method, model, seed, data) is thrown away and started afresh.
-
-    :param wanted: ids to score, int32 ascending, by shard name; shards without any get no file.
+    :param wanted: ids to score, int32 ascending, by shard name; shards without any get no file. Asked for a shard at a
+        time, so that it may make them up when asked.
     :param model_digest: of the checkpoint whose output the scores are.
+    :param facts: whatever else tells these scores from others, for the manifest.
+    :param claim_timeout: seconds without a sign of life after which another worker's chunk is taken over.
+    :param replace: finished scores of another purpose (method, model, seed, facts, data) are thrown away.
+    :raises UserError: if the directory cannot be written, or holds scores of another purpose that are to be kept.
     """
 
     def __init__(
         self,
         directory: Path,
         records: list[ShardRecord],
-        wanted: dict[str, np.ndarray],
+        wanted: Mapping[str, np.ndarray],
         *,
         method: str,
         model_digest: str,
         seed: int,
         chunk_sequences: int,
+        facts: Mapping[str, Any] | None = None,
+        claim_timeout: float = 300,
+        replace: bool = True,
     ) -> None:
         self.directory = Path(directory)
-        self._records = [record for record in records if len(wanted.get(record.name, ()))]
         self._wanted = wanted
         self._chunk_sequences = chunk_sequences
-        purpose: dict[str, Any] = {
-            "schema": 1,
+        self._purpose: dict[str, Any] = {
+            "schema": SCHEMA,
             "direction": DIRECTION,
             "method": method,
             "model_digest": model_digest,
             "seed": seed,
             "chunk_sequences": chunk_sequences,
+            **(facts or {}),
+            "shards": {record.name: _described(record, ids) for record in records if len(ids := self._ids(record))},
         }
-        shards = {
-            record.name: {
-                "digest": record.digest,
-                "num_sequences": record.num_sequences,
-                "num_wanted": len(wanted[record.name]),
-                "wanted_sha256": digest_bytes(np.ascontiguousarray(wanted[record.name], dtype=np.int32).tobytes()),
-            }
-            for record in self._records
-        }
-        self._manifest = self._continued(purpose, shards) or self._started(purpose, shards)
+        self._shards: dict[str, dict[str, Any]] = self._purpose["shards"]
+        self._records = [record for record in records if record.name in self._shards]
+        self._work = self.directory / f".unfinished-{digest_json(self._purpose)[:16]}"
+        with _writing(self.directory):
+            self._start(replace)
+        self._claims = Claims(self._work, claim_timeout)
 
-    def _continued(self, purpose: dict[str, Any], shards: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
-        """The manifest on disk if it is about these very scores."""
-        if not _manifest_path(self.directory).exists():
-            return None
-        manifest = read_json(_manifest_path(self.directory))
-        same = {key: manifest.get(key) for key in purpose} == purpose and manifest["shards"].keys() == shards.keys()
-        if not same or any(manifest["shards"][name] | shards[name] != manifest["shards"][name] for name in shards):
-            return None
-        for record in self._records:
-            _map_scores(self.directory, record)
-        return manifest
+    def _ids(self, record: ShardRecord) -> np.ndarray:
+        return self._wanted.get(record.name, np.empty(0, dtype=np.int32))
 
-    def _started(self, purpose: dict[str, Any], shards: dict[str, dict[str, Any]]) -> dict[str, Any]:
-        _manifest_path(self.directory).unlink(missing_ok=True)  # it must never describe files of another purpose
-        for record in self._records:
-            _create(_scores_path(self.directory, record), record.num_sequences)
-        progress = {"num_scored": 0, "complete": False, "chunks_done": []}
-        manifest = purpose | {"shards": {name: shard | progress for name, shard in shards.items()}}
-        write_json(_manifest_path(self.directory), manifest)
-        return manifest
+    def _start(self, replace: bool) -> None:
+        if self.is_complete:
+            for record in self._records:
+                _map_scores(self.directory, record)
+            shutil.rmtree(self._work, ignore_errors=True)  # left by a kill after the manifest was written
+            return
+        if (manifest := self.directory / "manifest.json").exists():
+            if not replace:
+                raise UserError(
+                    f"{self.directory} holds other scores ({', '.join(self._differences())}); give a directory of "
+                    "its own for these"
+                )
+            manifest.unlink()  # nobody may take them for those of this purpose
+        self._work.mkdir(parents=True, exist_ok=True)
+
+    def _manifest(self) -> dict[str, Any] | None:
+        try:
+            return read_json(_manifest_path(self.directory), SCHEMA)
+        except UserError:
+            return None
+
+    def _differences(self) -> list[str]:
+        found = self._manifest() or {}
+        return sorted(key for key, value in self._purpose.items() if key != "shards" and found.get(key) != value) or [
+            "shards"
+        ]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the directory holds all scores of this purpose, finished."""
+        manifest = self._manifest()
+        if manifest is None or {key: manifest.get(key) for key in self._purpose.keys() - {"shards"}} != {
+            key: value for key, value in self._purpose.items() if key != "shards"
+        }:
+            return False
+        shards = manifest["shards"]
+        return shards.keys() == self._shards.keys() and all(
+            shards[name] | shard == shards[name] for name, shard in self._shards.items()
+        )
+
+    # --- work
 
     def pending(self) -> Iterator[Chunk]:
-        """Chunks that are not on disk yet, shard by shard, ids ascending."""
+        """Chunks that are not on disk yet, shard by shard, ids ascending, whoever works on them."""
+        if self.is_complete:
+            return
+        recorded = self._recorded()
         for record in self._records:
-            ids, done = self._wanted[record.name], set(self._manifest["shards"][record.name]["chunks_done"])
-            for number, start in enumerate(range(0, len(ids), self._chunk_sequences)):
-                if number not in done:
-                    yield Chunk(record, number, ids[start : start + self._chunk_sequences])
+            for number in range(self._num_chunks(record)):
+                if f"{record.name}.{number}" not in recorded:
+                    yield self.chunk(record, number)
+
+    def claim(self) -> Chunk | None:
+        """A chunk that nobody else works on, to be written or given back; None if there is none, for good
+        (`is_complete`) or as long as others do not fail.
+
+        :raises UserError: if the directory cannot be written.
+        """
+        with self._beside_others():
+            return self._claim()
+        return None
+
+    def _claim(self) -> Chunk | None:
+        if self.is_complete:
+            return None
+        recorded, claimed = self._recorded(), self._names(".claim")
+        for fresh in (True, False):  # first what nobody ever began, then what may have been left
+            for record in self._records:
+                for number in range(self._num_chunks(record)):
+                    name = f"{record.name}.{number}"
+                    if name in recorded or (name in claimed) == fresh or not self._claims.take(name):
+                        continue
+                    if self._record_path(name).exists():  # it was finished in between
+                        self._claims.release(name)
+                        continue
+                    return self.chunk(record, number)
+        self._finish_if_all_recorded()
+        return None
+
+    def renew(self, chunk: Chunk) -> None:
+        """Tell other workers that this one goes on; to be called often."""
+        with self._beside_others():
+            self._claims.renew(chunk.name)
+
+    def give_back(self, chunk: Chunk) -> None:
+        """Let others have a chunk that was claimed and not written."""
+        self._claims.release(chunk.name)
 
     def write(self, chunk: Chunk, scores: np.ndarray) -> None:
-        """Put a chunk on disk, then record it.
+        """Put a chunk on disk, then record it; with the last one, finish.
 
         :param scores: float32 [len(chunk.ids)].
-        :raises UserError: if a score is NaN.
+        :raises UserError: if a score is NaN, or the directory cannot be written.
         """
         assert scores.dtype == np.float32
         assert scores.shape == chunk.ids.shape
@@ -117,27 +198,119 @@ class ScoreWriter:
                 f"sequence {sequence_id} of shard {chunk.record.prefix} got NaN as its score; look for a diverged "
                 "model or a sequence without any token to predict"
             )
-        file = _map_scores(self.directory, chunk.record, mode="r+")
-        file[chunk.ids] = scores
-        file.flush()
-        shard = self._manifest["shards"][chunk.record.name]
-        shard["chunks_done"] = sorted({*shard["chunks_done"], chunk.number})
-        num_chunks = -(-shard["num_wanted"] // self._chunk_sequences)
-        shard["complete"] = len(shard["chunks_done"]) == num_chunks
-        shard["num_scored"] = sum(
-            min(self._chunk_sequences, shard["num_wanted"] - number * self._chunk_sequences)
-            for number in shard["chunks_done"]
-        )
-        write_json(_manifest_path(self.directory), self._manifest)
+        if self.is_complete:  # by another worker, who took this one for dead
+            return
+        start, stop = chunk.span
+        dense = np.full(stop - start, np.nan, dtype=np.float32)
+        dense[chunk.ids - start] = scores
+        with self._beside_others():
+            _write_span(_scores_path(self._work, chunk.record), chunk.record.num_sequences, start, dense)
+            write_json(self._record_path(chunk.name), {"schema": 1, "sha256": digest_bytes(dense.tobytes())})
+            self._claims.release(chunk.name)
+            self._finish_if_all_recorded()
+
+    @contextmanager
+    def _beside_others(self) -> Iterator[None]:
+        """Another worker may finish at any moment, who removes the directory of work: then there is nothing to do."""
+        try:
+            with _writing(self.directory):
+                yield
+        except FileNotFoundError:
+            if not self.is_complete:
+                raise
+
+    def chunk(self, record: ShardRecord, number: int) -> Chunk:
+        """:param number: 0-based within the shard."""
+        return chunk_of(record, self._ids(record), number, self._chunk_sequences)
+
+    def _num_chunks(self, record: ShardRecord) -> int:
+        return -(-self._shards[record.name]["num_wanted"] // self._chunk_sequences)
+
+    # --- what is on disk
+
+    def _names(self, suffix: str) -> set[str]:
+        """Of the files in work with that suffix, which is left out."""
+        return {name.removesuffix(suffix) for name in os.listdir(self._work) if name.endswith(suffix)}
+
+    def _recorded(self) -> set[str]:
+        try:
+            return self._names(_RECORD)
+        except FileNotFoundError:  # finished
+            return set()
+
+    def _record_path(self, name: str) -> Path:
+        return self._work / f"{name}{_RECORD}"
 
     @property
     def num_scored(self) -> int:
-        """Sequences on disk, in all shards."""
-        return sum(shard["num_scored"] for shard in self._manifest["shards"].values())
+        """Sequences on disk, in all shards, by all workers."""
+        recorded = self._recorded()
+        if self.is_complete:
+            return self.num_wanted
+        return sum(
+            min(self._chunk_sequences, self._shards[record.name]["num_wanted"] - number * self._chunk_sequences)
+            for record in self._records
+            for number in range(self._num_chunks(record))
+            if f"{record.name}.{number}" in recorded
+        )
 
     @property
     def num_wanted(self) -> int:
-        return sum(shard["num_wanted"] for shard in self._manifest["shards"].values())
+        return sum(shard["num_wanted"] for shard in self._shards.values())
+
+    # --- the end
+
+    def _finish_if_all_recorded(self) -> None:
+        """Check every chunk, move the files to their place, write the manifest. One worker does it at a time; where it
+        is killed, the next goes on."""
+        if len(self._recorded()) < sum(map(self._num_chunks, self._records)) or not self._claims.take(_FINISH):
+            return
+        try:
+            digests = {record.name: self._checked(record) for record in self._records}
+            if None in digests.values():
+                return  # some chunks are to be done again
+            for record in self._records:
+                with suppress(FileNotFoundError):  # moved before a kill
+                    os.replace(_scores_path(self._work, record), _scores_path(self.directory, record))
+            fsync_directory(self.directory)
+            shards = {name: shard | {"scores_sha256": digests[name]} for name, shard in self._shards.items()}
+            write_json(_manifest_path(self.directory), self._purpose | {"shards": shards})
+        finally:
+            with suppress(FileNotFoundError):
+                self._claims.release(_FINISH)
+        for left in self.directory.glob(".unfinished-*"):
+            shutil.rmtree(left, ignore_errors=True)
+
+    def _checked(self, record: ShardRecord) -> str | None:
+        """Digest of a shard's scores, made of those of its chunks; None if a chunk is not what was recorded, whose
+        record is then removed."""
+        path = _scores_path(self._work, record)
+        is_moved = not path.exists() and _scores_path(self.directory, record).exists()
+        try:
+            scores = _map_scores(self.directory if is_moved else self._work, record)
+        except UserError:
+            scores = None  # gone, or too short
+        digests: list[str] = []
+        num_chunks = self._num_chunks(record)
+        for number in range(num_chunks):
+            self._claims.renew(_FINISH)
+            start, stop = self.chunk(record, number).span
+            expected = read_json(self._record_path(f"{record.name}.{number}"))["sha256"]
+            if scores is not None and digest_bytes(scores[start:stop].tobytes()) == expected:
+                digests.append(expected)
+            else:
+                self._record_path(f"{record.name}.{number}").unlink(missing_ok=True)
+        return digest_json(digests) if len(digests) == num_chunks else None
+
+
+def chunk_of(record: ShardRecord, wanted: np.ndarray, number: int, chunk_sequences: int) -> Chunk:
+    """:param wanted: ids of the shard that are to be scored, int32 ascending.
+    :param number: 0-based within the shard.
+    """
+    first, last = number * chunk_sequences, (number + 1) * chunk_sequences
+    start = int(wanted[first]) if number else 0
+    stop = int(wanted[last]) if last < len(wanted) else record.num_sequences
+    return Chunk(record, number, wanted[first:last], (start, stop))
 
 
 class ScoreFiles:
@@ -148,19 +321,15 @@ class ScoreFiles:
 
     def __init__(self, directory: Path) -> None:
         self.directory = Path(directory)
-        self._manifest = read_json(_manifest_path(self.directory))
-        for name, shard in self._manifest["shards"].items():
-            if not shard["complete"]:
-                raise UserError(
-                    f"{self.directory}: {shard['num_scored']} of {shard['num_wanted']} sequences of {name} are scored; "
-                    "run the score stage again to finish it"
-                )
+        if not _manifest_path(self.directory).exists() and list(self.directory.glob(".unfinished-*")):
+            raise UserError(f"{self.directory} is not scored to its end; run the score stage again to finish it")
+        self._manifest = read_json(_manifest_path(self.directory), SCHEMA)
         self.method: str = self._manifest["method"]
         self.model_digest: str = self._manifest["model_digest"]
 
     @property
     def digest(self) -> str:
-        """Of what the scores are of and made by."""
+        """Of the scores, of what they are of and made by."""
         return digest_json(self._manifest)
 
     def read(self, record: ShardRecord, ids: np.ndarray) -> np.ndarray:
@@ -184,6 +353,16 @@ class ScoreFiles:
         return np.asarray(scores)
 
 
+def _described(record: ShardRecord, ids: np.ndarray) -> dict[str, Any]:
+    """A shard's entry in the manifest."""
+    return {
+        "digest": record.digest,
+        "num_sequences": record.num_sequences,
+        "num_wanted": len(ids),
+        "wanted_sha256": digest_bytes(np.ascontiguousarray(ids, dtype=np.int32).tobytes()),
+    }
+
+
 def _manifest_path(directory: Path) -> Path:
     return directory / "manifest.json"
 
@@ -192,25 +371,61 @@ def _scores_path(directory: Path, record: ShardRecord) -> Path:
     return directory / f"{record.name}.npy"
 
 
-def _create(path: Path, num_sequences: int) -> None:
-    """A .npy file of NaN; it appears whole."""
-    nan = np.full(min(num_sequences, _FILL_CHUNK), np.nan, dtype=np.float32)
-    with atomic_write(path) as stream:
-        header = {"descr": np.lib.format.dtype_to_descr(nan.dtype), "fortran_order": False, "shape": (num_sequences,)}
-        np.lib.format.write_array_header_1_0(stream, header)
-        for start in range(0, num_sequences, _FILL_CHUNK):
-            stream.write(nan[: num_sequences - start].tobytes())
+@contextmanager
+def _writing(directory: Path) -> Iterator[None]:
+    """Say in a sentence what a file system refuses: a full disk, a directory that is read-only."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UserError(
+            f"{directory} cannot be written ({error.strerror}); make room or change its permissions and run this "
+            "again: it goes on where it stopped"
+        ) from None
 
 
-def _map_scores(directory: Path, record: ShardRecord, mode: Any = "r") -> np.memmap:
+def _write_span(path: Path, num_sequences: int, start: int, values: np.ndarray) -> None:
+    """Put float32 values into a .npy file of `num_sequences` of them, from element `start` on, and flush them to disk.
+
+    Through write(), not through a memory map: workers on several hosts may write parts of one page, a network file
+    system merges those byte by byte, and a full disk is an error instead of the end of the process.
+    """
+    header = _npy_header(num_sequences)
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_DSYNC, 0o644)
+    try:
+        if os.fstat(handle).st_size < len(header):
+            _write_all(handle, header, 0)  # the same bytes, whoever comes first
+        _write_all(handle, values.tobytes(), len(header) + values.itemsize * start)
+    finally:
+        os.close(handle)
+
+
+def _write_all(handle: int, content: bytes, offset: int) -> None:
+    rest = memoryview(content)
+    while rest:
+        count = os.pwrite(handle, rest, offset)
+        rest, offset = rest[count:], offset + count
+
+
+def _npy_header(num_sequences: int) -> bytes:
+    stream = io.BytesIO()
+    description = np.lib.format.dtype_to_descr(np.dtype(np.float32))
+    np.lib.format.write_array_header_1_0(
+        stream, {"descr": description, "fortran_order": False, "shape": (num_sequences,)}
+    )
+    return stream.getvalue()
+
+
+def _map_scores(directory: Path, record: ShardRecord) -> np.memmap:
     """:raises UserError: if the file is missing, damaged, or does not fit the shard."""
     path = _scores_path(directory, record)
     remedy = f"remove {directory} and run the score stage again"
     try:
-        scores = np.load(path, mmap_mode=mode, allow_pickle=False)
+        scores = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; {remedy}") from None
-    except ValueError as error:
+    except (ValueError, EOFError) as error:
         raise UserError(f"{path} cannot be read as a numpy file ({error}); {remedy}") from None
     if scores.dtype != np.float32 or scores.shape != (record.num_sequences,):
         raise UserError(

@@ -1,11 +1,14 @@
 """Runs a model forward over many sequences: scores, losses of sequences, losses of whole sets.
 
 Sequences longer than the model was trained on are cut into windows; what is measured on them is added up. Windows of
-like lengths share a batch, data-parallel ranks share the batches, so results depend on neither but for rounding.
+like lengths share a batch, so results do not depend on the batches but for rounding. Data-parallel ranks share the
+batches, which do not depend on their number. A thread prepares the next batches while the device is busy.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import dataclass, fields
+from operator import methodcaller
 from typing import Protocol
 
 import numpy as np
@@ -16,9 +19,10 @@ from torch import Tensor
 
 from megatron_bliss.data.shards import Shard
 from megatron_bliss.data.validation import ValidationSet
-from megatron_bliss.mcore.batches import Batch, bucket, cut_windows, make_batch
+from megatron_bliss.mcore.batches import Batch, bucket, make_batch
 from megatron_bliss.mcore.models import token_losses
-from megatron_bliss.mcore.parallel import ParallelContext
+from megatron_bliss.mcore.parallel import ParallelContext, agreed
+from megatron_bliss.mcore.read_ahead import read_ahead
 from megatron_bliss.mcore.score_model import ScoreModel
 
 Measure = Callable[[Batch], Tensor]  # [b, 2]: of each window a total and its weight, so that windows can be added up
@@ -64,6 +68,32 @@ class ValidationSequences:
 
 
 @dataclass(frozen=True)
+class Windows:
+    """Pieces of n sequences that fit into a model, and the batches they are put through it in."""
+
+    owners: np.ndarray  # int64 [w], index of the sequence, ascending
+    starts: np.ndarray  # int64 [w], in tokens
+    stops: np.ndarray  # int64 [w]
+    positions: np.ndarray  # int64 [w], predictions of each
+    batches: list[np.ndarray]  # indices of windows
+
+    @classmethod
+    def of(cls, lengths: np.ndarray, sequence_length: int, batch_tokens: int, multiple: int) -> "Windows":
+        """:param lengths: tokens of each sequence, [n].
+        :param sequence_length: positions of a window at most.
+        :param batch_tokens: positions of a batch at most, padding included.
+        :param multiple: padded lengths are multiples of it.
+        """
+        counts = np.maximum(-(-(lengths.astype(np.int64) - 1) // sequence_length), 1)
+        owners = np.repeat(np.arange(len(lengths)), counts)
+        first = np.cumsum(counts) - counts
+        starts = (np.arange(len(owners)) - first[owners]) * sequence_length
+        stops = np.minimum(starts + sequence_length + 1, lengths[owners])
+        positions = np.maximum(stops - starts - 1, 0)
+        return cls(owners, starts, stops, positions, bucket(positions, batch_tokens, multiple))
+
+
+@dataclass(frozen=True)
 class Pass:
     """How sequences are put through a model."""
 
@@ -73,41 +103,64 @@ class Pass:
 
     @torch.no_grad()
     def totals(
-        self, measure: Measure, sequences: Sequences, on_progress: Callable[[int], None] | None = None
+        self, measure: Measure, sequences: Sequences, on_progress: Callable[[int, int], None] | None = None
     ) -> np.ndarray:
-        """Totals and weights of every sequence: float64 [n, 2], the same on all ranks. All ranks call it.
+        """Totals and weights of every sequence: float64 [n, 2], the same on all ranks, bit by bit the same for every
+        number of data-parallel ranks. All ranks call it.
 
-        :param on_progress: called now and then with the positions done so far on all ranks, about.
+        :param on_progress: called after each batch with the positions done so far on all ranks, about, without and
+            with padding.
         """
         context = self.context
-        windows = [
-            (index, *window)
-            for index, length in enumerate(sequences.lengths.tolist())
-            for window in cut_windows(length, self.sequence_length)
-        ]
-        owners, starts, stops = np.array(windows, dtype=np.int64).reshape(-1, 3).T
-        lengths = np.maximum(stops - starts - 1, 0)
-        batches = bucket(lengths, self.batch_tokens, context.length_multiple)
-        result = torch.zeros(len(sequences.lengths), 2, dtype=torch.float64, device=context.device)
-        done = 0
-        for members in batches[context.dp_rank :: context.dp_size]:
-            batch = self._batch(sequences, owners[members], starts[members], stops[members])
-            owner = torch.from_numpy(owners[members]).to(context.device, non_blocking=True)
-            result.index_add_(0, owner, measure(batch).double())
-            done += int(lengths[members].sum()) * context.dp_size
-            if on_progress is not None:
-                on_progress(done)
+        windows = Windows.of(sequences.lengths, self.sequence_length, self.batch_tokens, context.length_multiple)
+        mine = windows.batches[context.dp_rank :: context.dp_size]
+        # every window has a place of its own: no sum depends on who did what
+        result = torch.zeros(len(windows.owners), 2, dtype=torch.float64, device=context.device)
+        to_device = methodcaller("to", context.device, non_blocking=True)
+        done = padded = 0
+        with self._failing_together(), closing(read_ahead(self._load(sequences, windows, mine))) as batches:
+            for members, (places, batch) in zip(mine, batches, strict=True):
+                result[to_device(places)] = measure(_each(batch, to_device)).double()
+                done += int(windows.positions[members].sum()) * context.dp_size
+                padded += batch.tokens.numel() * context.dp_size
+                if on_progress is not None:
+                    on_progress(done, padded)
         if context.dp_size > 1:
             dist.all_reduce(result, group=context.dp_group)
-        return result.cpu().numpy()
+        measured = result.cpu().numpy()
+        totals = np.zeros((len(sequences.lengths), 2))
+        np.add.at(totals, windows.owners, measured)
+        return totals
 
-    def _batch(self, sequences: Sequences, owners: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> Batch:
+    def _failing_together(self) -> AbstractContextManager[None]:
+        """Tensor-parallel ranks read the same and fail at the same place; data-parallel ones would wait for ever."""
+        return agreed(self.context) if self.context.dp_size > 1 else nullcontext()
+
+    def _load(
+        self, sequences: Sequences, windows: Windows, batches: Iterable[np.ndarray]
+    ) -> Iterator[tuple[Tensor, Batch]]:
+        """Batches in the host's memory, pinned where there is a GPU, each with the places of its windows."""
+        for members in batches:
+            places, batch = torch.from_numpy(members), self._batch(sequences, windows, members)
+            if self.context.device.type == "cuda":  # so that copies run beside the GPU's work
+                places, batch = places.pin_memory(), _each(batch, torch.Tensor.pin_memory)
+            yield places, batch
+
+    def _batch(self, sequences: Sequences, windows: Windows, members: np.ndarray) -> Batch:
         tokens, masks = [], []
-        for owner, start, stop in zip(owners.tolist(), starts.tolist(), stops.tolist(), strict=True):
+        columns = (windows.owners[members], windows.starts[members], windows.stops[members])
+        for owner, start, stop in zip(*(column.tolist() for column in columns), strict=True):
             sequence, mask = sequences.get(owner)
             tokens.append(sequence[start:stop])
-            masks.append(np.ones(stop - start, dtype=bool) if mask is None else mask[start:stop])
-        return make_batch(tokens, self.context.device, self.context.length_multiple, masks)
+            if mask is not None:
+                masks.append(mask[start:stop])
+        return make_batch(tokens, torch.device("cpu"), self.context.length_multiple, masks or None)
+
+
+def _each(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
+    """A batch with each of its tensors changed."""
+    tensors = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    return Batch(**{name: tensor if tensor is None else change(tensor) for name, tensor in tensors.items()})
 
 
 def score_measure(model: ScoreModel) -> Measure:

@@ -1,17 +1,25 @@
-"""`score`: every sequence of the round's slice gets a score, from the score model or from the proxy's loss."""
+"""`score`: every sequence of the round's slice gets a score, from the score model or from the proxy's loss.
 
-from collections.abc import Callable
-from dataclasses import dataclass
+Several jobs may score the same slice side by side, each on ranks of its own: they share the work chunk by chunk through
+the directory of the scores. A job that finds nothing left to do waits until the others are done, so that its end means
+that all scores are there.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_bliss.artifacts import RunPaths, digest_tree
-from megatron_bliss.config import RunConfig, read_saved_config
-from megatron_bliss.data.scores import Chunk, ScoreWriter
-from megatron_bliss.data.shards import ShardRecord, verify_shard
+from megatron_bliss.artifacts import RunPaths, digest_file, digest_tree
+from megatron_bliss.config import RunConfig, TokenizerConfig, read_saved_config
+from megatron_bliss.data.scores import Chunk, ScoreWriter, chunk_of
+from megatron_bliss.data.shards import Shard, ShardRecord, verify_shard
 from megatron_bliss.data.slices import Slicing
 from megatron_bliss.errors import UserError
 from megatron_bliss.mcore import checkpoint_files, checkpoints, parallel
@@ -20,55 +28,198 @@ from megatron_bliss.mcore.parallel import ParallelContext, agreed
 from megatron_bliss.mcore.score_model import build_score_model
 from megatron_bliss.mcore.scorer import Measure, Pass, ShardSequences, loss_measure, means, score_measure
 from megatron_bliss.methods import offline_method
+from megatron_bliss.methods.offline import OfflineMethod
 from megatron_bliss.progress import Progress
 from megatron_bliss.stages.inventory import run_inventory
 from megatron_bliss.stages.warmup_proxy import proxy_directory
+
+_POLL_INTERVAL = 5.0  # seconds, at most, between two looks at what the other jobs do
+_WAIT, _DONE = -1, -2  # in place of a shard's index
 
 
 def run(run_dir: Path, round_number: int) -> None:
     """Write `round-N/scores`, or what is missing of it. All ranks of the job call it.
 
-    :raises UserError: without the checkpoint to score with, or where a score is not a number.
+    :raises UserError: without the checkpoint to score with, where a score is not a number, or nothing can be written.
     """
     paths = RunPaths(Path(run_dir))
     config = read_saved_config(paths.config)
-    method = offline_method(config)
     context = parallel.initialize(config.proxy.tensor_parallel, config.proxy.sequence_parallel, config.seed)
     with agreed(context):
-        if method.scored_by == "none":
-            raise UserError(f"method {method.name!r} scores nothing with a model; go on with the select stage")
-        checkpoint = checkpoint_files.find(_checkpoint_directory(paths, config, method.scored_by, round_number))
+        checkpoint = score_checkpoint(paths, config, round_number)
         inventory = run_inventory(paths.root, config)
-        wanted = Slicing.of(config, inventory).ids_by_name(round_number)
-        shards = {record.name: verify_shard(record) for record in inventory.pool}
-        writer = None
+        wanted = SliceIds(Slicing.of(config, inventory), round_number)
+        work = ScoringWork(paths.scores(round_number), inventory.pool, wanted, checkpoint, config)
+    score(work, context)
+
+
+def score_checkpoint(paths: RunPaths, config: RunConfig, round_number: int) -> Path:
+    """The checkpoint a round's scores are made by.
+
+    :raises UserError: if it is not there, or the method has none.
+    """
+    method = offline_method(config)
+    if method.scored_by == "none":
+        raise UserError(f"method {method.name!r} scores nothing with a model; go on with the select stage")
+    learned = method.scored_by == "score_model"
+    return checkpoint_files.find(paths.bilevel(round_number) if learned else proxy_directory(paths, config))
+
+
+class SliceIds(Mapping[str, np.ndarray]):
+    """Ids of a slice by shard name, worked out when asked for, so that memory does not grow with the pool."""
+
+    def __init__(self, slicing: Slicing, number: int) -> None:
+        self._records = {record.name: record for record in slicing.records}
+        self._ids = lru_cache(maxsize=2)(lambda name: slicing.ids(self._records[name], number))
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._ids(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._records)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+
+@dataclass(frozen=True)
+class ScoringWork:
+    """Which sequences get scores, of which checkpoint, and where they go."""
+
+    directory: Path
+    records: list[ShardRecord]
+    wanted: Mapping[str, np.ndarray]  # ids by shard name, int32 ascending
+    checkpoint: Path  # as `checkpoint_files.find` gives it
+    config: RunConfig  # its method, proxy, tokenizer, sequence length, seed and `scoring`
+    replace: bool = True  # finished scores of another purpose are thrown away
+
+    @property
+    def method(self) -> OfflineMethod:
+        return offline_method(self.config)
+
+    def open_writer(self) -> ScoreWriter:
+        """:raises UserError: if the directory cannot be written, or holds other scores that are to be kept."""
+        scoring = self.config.scoring
+        return ScoreWriter(
+            self.directory,
+            self.records,
+            self.wanted,
+            method=self.method.name,
+            model_digest=digest_tree(self.checkpoint),
+            seed=self.config.seed,
+            chunk_sequences=scoring.chunk_sequences,
+            facts={
+                "tokenizer": _tokenizer_facts(self.config.data.tokenizer),
+                "sequence_length": self.config.data.sequence_length,
+                "bf16": scoring.bf16 or self.config.proxy.model.bf16,
+            },
+            claim_timeout=scoring.claim_timeout,
+            replace=self.replace,
+        )
+
+
+def _tokenizer_facts(tokenizer: TokenizerConfig) -> dict[str, Any]:
+    file = Path(tokenizer.model) if tokenizer.model else None
+    return {
+        "type": tokenizer.type,
+        "model_sha256": digest_file(file) if file and file.is_file() else None,
+        "vocab_size": tokenizer.vocab_size,
+    }
+
+
+def score(work: ScoringWork, context: ParallelContext) -> None:
+    """Score whatever is missing, beside other jobs that do the same; ends when all of it is there. All ranks of the
+    job call it.
+
+    :raises UserError: for a changed shard, a score that is not a number, or a directory that cannot be written.
+    """
+    writer = None
+    with agreed(context):
+        shards = [verify_shard(record) for record in work.records]
         if context.is_first:
-            writer = ScoreWriter(
-                paths.scores(round_number),
-                inventory.pool,
-                wanted,
-                method=method.name,
-                model_digest=digest_tree(checkpoint),
-                seed=config.seed,
-                chunk_sequences=config.scoring.chunk_sequences,
-            )
-    chunks = _pending(writer, inventory.pool, wanted, config.scoring.chunk_sequences, context)
-    if not chunks:
+            writer = work.open_writer()
+    if _broadcast(context, [int(writer.is_complete) if writer else 0])[0]:
+        if writer:
+            print(f"[score] done: {writer.num_wanted} sequences, all scored before", flush=True)
         return
-    measure = _measure(method.scored_by, checkpoint, config, context)
-    forward = Pass(context, config.data.sequence_length, config.scoring.batch_tokens)
-    report = None
-    if writer is not None:
-        report = _Report(Progress("score", writer.num_wanted, "sequences", start=writer.num_scored), writer.num_scored)
-    for chunk in chunks:
-        sequences = ShardSequences([(shards[chunk.record.name], chunk.ids)])
-        on_progress = report.within(sequences.lengths) if report is not None else None
-        scores = method.from_output(means(forward.totals(measure, sequences, on_progress)))
-        scores = lowest_where_nothing_is_predicted(scores, sequences.lengths)
+    score_chunks(work, shards, writer, load_measure(work, context), context)
+
+
+def load_measure(work: ScoringWork, context: ParallelContext) -> Measure:
+    """What is asked of a batch, by the checkpoint's model."""
+    config = work.config
+    model = replace(config.proxy.model, bf16=config.proxy.model.bf16 or config.scoring.bf16)
+    if work.method.scored_by == "score_model":
+        score_model = build_score_model(model, config.data.tokenizer.vocab_size, context).eval()
+        checkpoints.load_model(work.checkpoint, score_model, checkpoints.SCORE)
+        return score_measure(score_model)
+    proxy = build_language_model(model, config.data.tokenizer.vocab_size, context).eval()
+    checkpoints.load_model(work.checkpoint, proxy)
+    return loss_measure(proxy)
+
+
+def score_chunks(
+    work: ScoringWork, shards: list[Shard], writer: ScoreWriter | None, measure: Measure, context: ParallelContext
+) -> None:
+    """Claim chunks and score them until all are done, by whichever job. All ranks of the job call it.
+
+    :param shards: of the records.
+    :param writer: on the job's first rank, None on the others.
+    """
+    scoring = work.config.scoring
+    forward = Pass(context, work.config.data.sequence_length, scoring.batch_tokens)
+    report = _Report(writer) if writer else None
+    while True:
+        order = [0, 0]
         with agreed(context):
-            if writer is not None and report is not None:
-                writer.write(chunk, scores)
-                report.finish(sequences.lengths)
+            if writer:
+                order = _claim(writer, work.records)
+        index, number = _broadcast(context, order)
+        if index == _DONE:
+            break
+        if index == _WAIT:
+            if report:
+                report.show()
+            time.sleep(min(_POLL_INTERVAL, scoring.claim_timeout / 10))
+            continue
+        record = work.records[index]
+        chunk = chunk_of(record, work.wanted[record.name], number, scoring.chunk_sequences)
+        try:
+            _score_chunk(chunk, shards[index], work.method, forward, measure, report)
+        finally:
+            if writer:
+                writer.give_back(chunk)  # one that was written has been given back already
+    if report:
+        report.finish()
+
+
+def _claim(writer: ScoreWriter, records: list[ShardRecord]) -> list[int]:
+    """Index of the shard and number of the chunk to do next; or why there is none, and 0."""
+    chunk = writer.claim()
+    if chunk is None:
+        return [_DONE if writer.is_complete else _WAIT, 0]
+    return [records.index(chunk.record), chunk.number]
+
+
+def _broadcast(context: ParallelContext, numbers: list[int]) -> list[int]:
+    """The first rank's numbers, on all ranks."""
+    tensor = torch.tensor(numbers, device=context.device)
+    dist.broadcast(tensor, src=0)
+    broadcast: list[int] = tensor.tolist()
+    return broadcast
+
+
+def _score_chunk(
+    chunk: Chunk, shard: Shard, method: OfflineMethod, forward: Pass, measure: Measure, report: "_Report | None"
+) -> None:
+    sequences = ShardSequences([(shard, chunk.ids)])
+    on_progress = report.begin(chunk, sequences.lengths) if report else None
+    scores = method.from_output(means(forward.totals(measure, sequences, on_progress)))
+    scores = lowest_where_nothing_is_predicted(scores, sequences.lengths)
+    with agreed(forward.context):
+        if report:
+            report.writer.write(chunk, scores)
+            report.end(sequences.lengths)
 
 
 def lowest_where_nothing_is_predicted(scores: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -77,65 +228,45 @@ def lowest_where_nothing_is_predicted(scores: np.ndarray, lengths: np.ndarray) -
     return np.where(lengths < 2, np.finfo(np.float32).min, scores)
 
 
-@dataclass
 class _Report:
-    """Progress in sequences and tokens over all chunks."""
+    """Progress of all jobs in sequences, of this job in tokens."""
 
-    progress: Progress
-    sequences: int  # done
-    tokens: int = 0  # done by this call of the stage
+    def __init__(self, writer: ScoreWriter) -> None:
+        self.writer = writer
+        self._done = writer.num_scored  # sequences, by all jobs
+        self._progress = Progress("score", writer.num_wanted, "sequences", start=self._done)
+        self._began = time.monotonic()
+        self._sequences = self._tokens = self._positions = self._padded = 0  # by this job
 
-    def within(self, lengths: np.ndarray) -> Callable[[int], None]:
-        """What to call with the tokens of a chunk that are done."""
-        total = max(int(lengths.sum()), 1)
+    def begin(self, chunk: Chunk, lengths: np.ndarray) -> Callable[[int, int], None]:
+        """What to call while the chunk is worked on, with the positions that are done, without and with padding."""
+        num_tokens = max(int(lengths.sum(dtype=np.int64)), 1)
+        positions, padded = self._positions, self._padded
 
-        def report(tokens: int) -> None:
-            tokens = min(tokens, total)
-            sequences = min(len(lengths) * tokens // total, len(lengths) - 1)  # the last one is not there yet
-            self.progress.report(self.sequences + sequences, self.tokens + tokens)
+        def on_progress(done: int, done_padded: int) -> None:
+            self.writer.renew(chunk)
+            self._positions, self._padded = positions + done, padded + done_padded
+            sequences = min(len(lengths) * done // num_tokens, len(lengths) - 1)  # the last one is not there yet
+            self._progress.report(self._done + sequences, self._tokens + done)
 
-        return report
+        return on_progress
 
-    def finish(self, lengths: np.ndarray) -> None:
-        self.sequences += len(lengths)
-        self.tokens += int(lengths.sum())
-        self.progress.report(self.sequences, self.tokens)
+    def end(self, lengths: np.ndarray) -> None:
+        """The chunk is written."""
+        self._sequences += len(lengths)
+        self._tokens += int(lengths.sum(dtype=np.int64))
+        self.show()
 
+    def show(self) -> None:
+        self._done = self.writer.num_scored
+        self._progress.report(self._done, self._tokens)
 
-def _checkpoint_directory(paths: RunPaths, config: RunConfig, scored_by: str, round_number: int) -> Path:
-    return paths.bilevel(round_number) if scored_by == "score_model" else proxy_directory(paths, config)
-
-
-def _measure(scored_by: str, checkpoint: Path, config: RunConfig, context: ParallelContext) -> Measure:
-    vocab_size = config.data.tokenizer.vocab_size
-    if scored_by == "score_model":
-        score_model = build_score_model(config.proxy.model, vocab_size, context).eval()
-        checkpoints.load_model(checkpoint, score_model, checkpoints.SCORE)
-        return score_measure(score_model)
-    proxy = build_language_model(config.proxy.model, vocab_size, context).eval()
-    checkpoints.load_model(checkpoint, proxy)
-    return loss_measure(proxy)
-
-
-def _pending(
-    writer: ScoreWriter | None,
-    pool: list[ShardRecord],
-    wanted: dict[str, np.ndarray],
-    chunk_sequences: int,
-    context: ParallelContext,
-) -> list[Chunk]:
-    """The chunks that the writer on the first rank has not got yet, on every rank."""
-    names = [record.name for record in pool]
-    missing = [[names.index(chunk.record.name), chunk.number] for chunk in writer.pending()] if writer else []
-    count = torch.tensor([len(missing)], device=context.device)
-    dist.broadcast(count, src=0)
-    if not count:
-        return []
-    table = torch.zeros(int(count), 2, dtype=torch.int64, device=context.device)
-    if missing:
-        table.copy_(torch.tensor(missing))
-    dist.broadcast(table, src=0)
-    return [
-        Chunk(pool[index], number, wanted[names[index]][number * chunk_sequences : (number + 1) * chunk_sequences])
-        for index, number in table.tolist()
-    ]
+    def finish(self) -> None:
+        self.show()
+        seconds = max(time.monotonic() - self._began, 1e-9)
+        padding = 1 - self._positions / max(self._padded, 1) if self._padded else 0.0
+        print(
+            f"[score] done: {self._progress.total} sequences, {self._sequences} of them by this job: {self._tokens} "
+            f"tokens, {self._tokens / seconds:.0f} tokens/s, padding {100 * padding:.1f} %",
+            flush=True,
+        )
