@@ -7,7 +7,7 @@ batches, which do not depend on their number. A thread prepares the next batches
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from operator import methodcaller
 from typing import Protocol
 
@@ -160,7 +160,7 @@ class Pass:
 def _each(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
     """A batch with each of its tensors changed."""
     tensors = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    return Batch(**{name: tensor if tensor is None else change(tensor) for name, tensor in tensors.items()})
+    return replace(batch, **{name: change(tensor) for name, tensor in tensors.items() if tensor is not None})
 
 
 def score_measure(model: ScoreModel) -> Measure:
