@@ -177,8 +177,8 @@ def one_rank(rank: int, folder: Path) -> dict[str, Any]:
         found[f"micro-batch {size}"]["vectors"] = arrays(found[f"micro-batch {size}"]["vectors"])
     found["plain"] = _plain(context, lower)
     found["exact"] = _exact(context, lower)
-    found["bf16"] = bf16(context, folder, False)
-    found["fp32"] = _fp32(context, folder)
+    found["bf16"] = along_gradient(context, folder, distributed=False, bf16=True)
+    found["fp32"] = along_gradient(context, folder, distributed=False, bf16=False)
     found["train"] = train(context, lower, upper, 4)
     found["losses"] = losses(context)
     found["stage"] = _stage(folder)
@@ -251,36 +251,23 @@ def _derivatives(lower: Any, batch: MicroBatch, direction: Any) -> Any:
     return np.array(found)
 
 
-def bf16(context: ParallelContext, folder: Path, distributed: bool) -> dict[str, Any]:
-    """Products and derivatives of a bfloat16 proxy with float32 masters, along one direction."""
-    _, lower, _ = build(context, distributed, folder / "models", bf16=True)
-    before = _everything(lower)
-    found = _along(context, lower)
-    after = _everything(lower)
-    found["dtypes"] = {str(parameter.dtype) for parameter in lower.space.parameters}
-    found["changed"] = [name for name, values in before.items() if not _same(values, after[name])]
-    return found
-
-
-def _along(context: ParallelContext, lower: Any) -> dict[str, Any]:
+def along_gradient(context: ParallelContext, folder: Path, distributed: bool, bf16: bool) -> dict[str, Any]:
+    """Products and derivatives along the float32 model's gradient of G, by either kind of differences."""
     batches = data(context, 1, 8)
     weights = [torch.full((len(batch.batch.tokens),), 1 / 8) for batch in batches]
-    generator = torch.Generator().manual_seed(1)
-    whole = [0.02 * torch.randn(parameter.shape, generator=generator) for parameter in lower.space.parameters]
-    z = lower.space.own(whole)
-    found: dict[str, Any] = {}
+    _, single, _ = build(context, False, folder / "models")
+    direction = Pool(single, batches, weights, RIDGE).gradient()[0]
+    _, lower, _ = build(context, distributed, folder / "models", bf16)
+    before = _everything(lower)
+    found: dict[str, Any] = {"dtypes": {str(parameter.dtype) for parameter in lower.space.parameters}}
     for name, curvature in (("fd", FiniteDifference()), ("gauss-newton", GaussNewton())):
-        evaluation = curvature.evaluate(Pool(lower, batches, weights, RIDGE), z)
+        evaluation = curvature.evaluate(Pool(lower, batches, weights, RIDGE), lower.space.own(direction))
         vectors = {"gradient": evaluation.gradient, "product": evaluation.product or []}
         found[name] = {key: flat(lower.space.whole(vector)) for key, vector in vectors.items()}
         found[name]["derivatives"] = evaluation.derivatives.numpy()
+    after = _everything(lower)
+    found["changed"] = [name for name, values in before.items() if not _same(values, after[name])]
     return found
-
-
-def _fp32(context: ParallelContext, folder: Path) -> dict[str, Any]:
-    """As `bf16`, of the same weights in float32."""
-    _, lower, _ = build(context, False, folder / "models")
-    return _along(context, lower)
 
 
 def flat(vector: Any) -> np.ndarray:
@@ -423,7 +410,7 @@ def two_ranks(rank: int, folder: Path) -> dict[str, Any]:
             except UserError as error:
                 results["refused"] = str(error)
         if tensor_parallel == 1:
-            results[f"{layout} bf16"] = bf16(context, folder, distributed)
+            results[f"{layout} bf16"] = along_gradient(context, folder, distributed, bf16=True)
     # vectors of every layout, made whole by loading them at TP 1
     for layout in LAYOUTS:
         named, lower, upper = build(context)

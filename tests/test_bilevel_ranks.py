@@ -22,7 +22,6 @@ from tests.tiny_run import tiny_config
 
 ROUNDING = 1e-5
 DIFFERENCES = 1e-3
-BF16 = [("fd", "derivatives", 0.075), ("fd", "product", 0.26), ("gauss-newton", "product", 0.26)]
 
 
 @pytest.fixture(scope="module")
@@ -77,9 +76,12 @@ def test_bfloat16_parameters_with_float32_masters(one: dict[str, Any]) -> None:
     half = one["bf16"]
     assert half["dtypes"] == {"torch.bfloat16"}
     assert half["changed"] == []
-    print({(k, n): round(distance(half[k][n], one["fp32"][k][n]), 4) for k in ("fd", "gauss-newton") for n in half[k]})
-    for kind, name, tolerance in BF16:
-        assert distance(half[kind][name], one["fp32"][kind][name]) < tolerance, (kind, name)
+    # Rounding to eight bits asks for a step of 0.8 % of ‖θ‖; the truncation of that step is nearly all of the errors.
+    # Gradients have a pass of their own. Measured: fd 0.010, 0.069, 0.237; Gauss-Newton 0.010, 0.071, 0.068
+    tolerances = {"fd": (0.012, 0.075, 0.26), "gauss-newton": (0.012, 0.075, 0.075)}
+    for kind, expected in tolerances.items():
+        for name, tolerance in zip(("gradient", "derivatives", "product"), expected, strict=True):
+            assert distance(half[kind][name], one["fp32"][kind][name]) < tolerance, (kind, name)
 
 
 @pytest.mark.parametrize("layout", ["dp", "distributed"])
