@@ -162,9 +162,35 @@ class ScoringConfig:
 
 
 @dataclass
+class QuotaConfig:
+    """Bounds of a domain's share of the tokens that a round keeps."""
+
+    minimum: float = 0.0  # or all of the domain, if it has less
+    maximum: float = 1.0
+
+
+@dataclass
 class SelectionConfig:
-    fraction: float = 0.2  # of the tokens of the round's slice
+    """What a round keeps. `fraction`, `tokens` or `threshold`: one of them, and 0.2 of the tokens if none is given."""
+
+    fraction: float | None = 0.2  # of the tokens of the round's candidates
+    tokens: int | None = None  # so many
+    threshold: float | None = None  # every candidate with at least this score
     blend: str = "pool"  # pool: one threshold for all | keep: the fraction within each domain, your weights | score
+    quotas: dict[str, QuotaConfig] = field(default_factory=dict)  # by domain, for blend `pool`; data/topk.py: the rule
+    min_length: int = 0  # tokens; shorter sequences are no candidates
+    max_length: int | None = None  # tokens; longer sequences are no candidates
+    # Gumbel-top-k: score / temperature + Gumbel noise is compared; 0: the score itself. Scores are raw outputs of the
+    # score model (logits), in `perplexity` nats a token: a temperature of their spread leaves little of their order.
+    temperature: float = 0.0
+    pool: str = "slice"  # slice: the round's own part of the pool | all: whatever earlier rounds left of all of it
+    max_repeats: int = 1  # `all`: rounds that may take a sequence; when new ones run out, the least used come first
+
+    def share(self, num_tokens: int) -> float:
+        """About how much of so many tokens is kept; all for a threshold, which does not tell."""
+        if self.fraction is not None:
+            return self.fraction
+        return min(self.tokens / max(num_tokens, 1), 1.0) if self.tokens is not None else 1.0
 
 
 @dataclass
@@ -242,6 +268,8 @@ def load_config(path: Path | None, overrides: list[str]) -> RunConfig:
         given = OmegaConf.merge(given, OmegaConf.from_dotlist(overrides))
         preset = str(OmegaConf.select(given, "bilevel.preset") or "default")
         settings = OmegaConf.create({"bilevel": BILEVEL_PRESETS.get(preset, {})})
+        if any(OmegaConf.select(given, f"selection.{size}") is not None for size in ("tokens", "threshold")):
+            settings.selection = {"fraction": None}  # the default stands back
         return _checked(OmegaConf.merge(OmegaConf.structured(RunConfig), settings, given))
     except OmegaConfBaseException as error:
         where = ": ".join(str(part) for part in (path, error.full_key) if part)
@@ -289,7 +317,11 @@ def control_config(config: RunConfig, control: ControlConfig, main_run: Path) ->
         config,
         method=control.method,
         round_steps=round(config.round_steps * control.steps_factor),
-        selection=replace(config.selection, fraction=config.selection.fraction * control.steps_factor),
+        selection=replace(
+            config.selection,
+            fraction=config.selection.fraction and config.selection.fraction * control.steps_factor,
+            tokens=config.selection.tokens and round(config.selection.tokens * control.steps_factor),
+        ),
         warmup=replace(config.warmup, start_from=config.warmup.start_from or str(main_run)),
         perplexity=control.perplexity,
         controls=[],

@@ -3,6 +3,7 @@
 `orchestration/check.py` says the rest, before a run is started.
 """
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +23,7 @@ _CHOICES = {
     "bilevel.solver": ("averaged", "conjugate-gradient", "paper"),
     "perplexity.keep": ("low", "middle", "high"),
     "selection.blend": ("pool", "keep", "score"),
+    "selection.pool": ("slice", "all"),
 }
 _POSITIVE = (
     "rounds",
@@ -63,7 +65,7 @@ _RULES: tuple[_Rule, ...] = (
     (_POSITIVE, lambda value: value > 0, "must be above 0"),
     (_POSITIVE_IF_GIVEN, lambda value: value is None or value > 0, "must be above 0"),
     (_NOT_NEGATIVE, lambda value: value >= 0, "must not be below 0"),
-    (("warmup.fraction", "selection.fraction"), lambda value: 0 < value <= 1, "must be above 0 and at most 1"),
+    (("warmup.fraction",), lambda value: 0 < value <= 1, "must be above 0 and at most 1"),
     (("bilevel.gradient_average",), lambda value: 0 <= value < 1, "must be at least 0 and below 1"),
 )
 
@@ -90,6 +92,70 @@ def check(settings: Any) -> None:
         )
     _check_pool(settings.data.pool)
     _check_controls(settings)
+    check_selection(settings.selection, [domain.name for domain in settings.data.pool])
+    if settings.selection.threshold is not None and (settings.method == "random" or settings.controls):
+        raise UserError(
+            "selection.threshold is for one method's scores; with method=random or controls, whose scores are others, "
+            "give selection.fraction or selection.tokens"
+        )
+
+
+def check_selection(selection: Any, domains: list[str]) -> None:
+    """:param selection: a `SelectionConfig`.
+    :raises UserError: naming the first setting that cannot work.
+    """
+    sizes = [name for name in ("fraction", "tokens", "threshold") if selection[name] is not None]
+    if len(sizes) != 1:
+        given = " and ".join(f"selection.{name}" for name in sizes) or "nothing"
+        raise UserError(f"{given} says how much is kept; give one of selection.fraction, .tokens and .threshold")
+    rules: list[tuple[str, bool, str]] = [
+        ("fraction", selection.fraction is None or 0 < selection.fraction <= 1, "must be above 0 and at most 1"),
+        ("tokens", selection.tokens is None or selection.tokens > 0, "must be above 0"),
+        ("min_length", selection.min_length >= 0, "must not be below 0"),
+        (
+            "max_length",
+            selection.max_length is None or selection.max_length >= max(selection.min_length, 1),
+            "must be above 0 and not below selection.min_length",
+        ),
+        ("temperature", 0 <= selection.temperature < math.inf, "must be a number that is not below 0"),
+        ("max_repeats", 1 <= selection.max_repeats <= 255, "must be between 1 and 255"),
+        ("max_repeats", selection.max_repeats == 1 or selection.pool == "all", "needs selection.pool=all"),
+        (
+            "temperature",
+            not selection.temperature or selection.threshold is None,
+            "moves scores at random, which no threshold fits; give selection.fraction or selection.tokens instead",
+        ),
+    ]
+    for name, holds, rule in rules:
+        if not holds:
+            raise UserError(f"selection.{name} is {selection[name]}; it {rule}")
+    _check_quotas(selection, domains)
+
+
+def _check_quotas(selection: Any, domains: list[str]) -> None:
+    quotas = selection.quotas
+    if quotas and (selection.blend != "pool" or selection.threshold is not None):
+        raise UserError(
+            "selection.quotas share out one budget over all domains; they need selection.blend=pool and "
+            "selection.fraction or selection.tokens"
+        )
+    for name, quota in quotas.items():
+        if name not in domains:
+            raise UserError(f"selection.quotas names domain {name!r}; the pool has {', '.join(domains)}")
+        if not 0 <= quota.minimum <= quota.maximum <= 1 or quota.maximum == 0:
+            raise UserError(
+                f"selection.quotas: domain {name!r} has minimum {quota.minimum} and maximum {quota.maximum}; they are "
+                "shares, 0 <= minimum <= maximum <= 1, with a maximum above 0"
+            )
+    least = sum(quota.minimum for quota in quotas.values())
+    most = sum(quotas[name].maximum if name in quotas else 1.0 for name in domains)
+    if least > 1 + 1e-9 or most < 1 - 1e-9:
+        what = (
+            f"minimums sum to {least:.4g}, which is above 1"
+            if least > 1 + 1e-9
+            else f"maximums sum to {most:.4g}, below 1"
+        )
+        raise UserError(f"selection.quotas: {what}; no selection can have these shares")
 
 
 def _check_pool(pool: Any) -> None:
@@ -121,7 +187,7 @@ def _check_controls(settings: Any) -> None:
             raise UserError(f"controls: {control.name!r} has method {control.method!r}; known: {', '.join(METHODS)}")
         if not control.steps_factor > 0:
             raise UserError(f"controls: {control.name!r} has steps_factor {control.steps_factor}; it must be above 0")
-        if control.steps_factor * settings.selection.fraction > 1:
+        if control.steps_factor * (settings.selection.fraction or 0) > 1:
             raise UserError(
                 f"controls: {control.name!r} needs {control.steps_factor} times {settings.selection.fraction} of a "
                 "slice, which is more than all of it; lower steps_factor or selection.fraction"
