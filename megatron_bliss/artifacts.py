@@ -174,10 +174,10 @@ def digest_tree(path: Path) -> str:
     Trained weights differ everywhere, so blocks tell two checkpoints apart, and a checkpoint of any size takes no time.
     """
     files = sorted(file for file in Path(path).rglob("*") if file.is_file())
-    return digest_json([[str(file.relative_to(path)), file.stat().st_size, _digest_blocks(file)] for file in files])
+    return digest_json([[str(file.relative_to(path)), file.stat().st_size, digest_blocks(file)] for file in files])
 
 
-def _digest_blocks(path: Path, num_blocks: int = 64, block: int = 4096) -> str:
+def digest_blocks(path: Path, num_blocks: int = 64, block: int = 4096) -> str:
     """Digest of evenly spaced blocks of a file, its first and its last among them; of all of a small file."""
     last = max(path.stat().st_size - block, 0)
     state = hashlib.sha256()

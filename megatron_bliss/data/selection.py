@@ -119,14 +119,16 @@ class Selection:
         self._by_file = {_real_file(shard.record.prefix): shard for shard in shards}
 
     @classmethod
-    def open(cls, directory: str | Path) -> "Selection":
-        """:raises UserError: if the selection is unfinished or damaged, or a shard is not the one it was made from."""
+    def open(cls, directory: str | Path, in_full: bool = True) -> "Selection":
+        """:param in_full: as of `verify_shard`.
+        :raises UserError: if the selection is unfinished or damaged, or a shard is not the one it was made from.
+        """
         directory = Path(directory)
         manifest = read_json(directory / "manifest.json")
         shards = []
         for entry in manifest["shards"]:
             record = ShardRecord(**entry["record"])
-            verify_shard(record)
+            verify_shard(record, in_full)
             path = directory / f"{record.name}.npy"
             if not path.is_file() or digest_file(path) != entry["ids_sha256"]:
                 raise UserError(f"{path} is missing or changed since it was written; run the select stage again")

@@ -36,7 +36,11 @@ def _refuse_config(config: Any) -> None:
 
 
 class _TrainsOnSelection:
-    """Mixed into a GPT dataset: the training split has the kept sequences only, the other splits are untouched."""
+    """Mixed into a GPT dataset, which then is the training split's alone and has the kept sequences only.
+
+    Megatron lists the ids of a split first, all of the pool's. Here it is told that there are none to list, and the
+    kept ones are taken from the selection's memory-mapped file.
+    """
 
     def __init__(
         self,
@@ -47,14 +51,19 @@ class _TrainsOnSelection:
         index_split: Split,
         config: Any,
     ) -> None:
-        """:param indexed_indices: int32, the consecutive sequence ids of the split.
+        """:param indexed_indices: not looked at.
 
         :raises UserError: if the configuration bypasses the ids, or the selection does not know the shard.
         """
         _refuse_config(config)
-        if index_split is Split.train:
-            indexed_indices = _kept(config.selection.ids(dataset_path), indexed_indices[0], indexed_indices[-1] + 1)
-        super().__init__(indexed_dataset, dataset_path, indexed_indices, num_samples, index_split, config)  # type: ignore[call-arg]
+        assert index_split is Split.train
+        kept = _kept(config.selection.ids(dataset_path), config.training_span, len(indexed_dataset))
+        super().__init__(indexed_dataset, dataset_path, kept, num_samples, index_split, config)  # type: ignore[call-arg]
+
+    @staticmethod
+    def numel_low_level_dataset(low_level_dataset: IndexedDataset) -> int:
+        """Sequences that Megatron is to list."""
+        return 0
 
     @staticmethod
     def _key_config_attributes() -> list[str]:
@@ -87,21 +96,18 @@ class SelectedDatasetBuilder(BlendedMegatronDatasetBuilder):
             raise UserError(
                 f"dataset class {cls.__name__} cannot be narrowed to a selection; only GPTDataset and GPTFIMDataset can"
             )
-        config.selection = self.selection
-        config.selection_digest = self.selection.digest
-        super().__init__(_SELECTED[cls], sizes, is_built_on_rank, config)
+        super().__init__(cls, sizes, is_built_on_rank, config)
 
     def _build_blended_dataset_splits(self) -> list[Any]:
         per_split = self.config.blend_per_split
         span = self.config.split_matrix[_TRAIN] if per_split is None else (0.0, 1.0)
         blend = self.config.blend if per_split is None else per_split[_TRAIN]
         if blend is None or span is None:
-            return self._build(self.config)
-        remaining = self._without_empty_domains(blend, span)
-        if remaining == blend:
-            return self._build(self.config)
+            return self._build(self.cls, self.config)
 
         train, others = copy.copy(self.config), copy.copy(self.config)
+        train.selection, train.selection_digest, train.training_span = self.selection, self.selection.digest, span
+        remaining = self._without_empty_domains(blend, span)
         if per_split is None:
             train.blend = remaining
             train.split_matrix = [span if split is Split.train else None for split in Split]
@@ -111,10 +117,11 @@ class SelectedDatasetBuilder(BlendedMegatronDatasetBuilder):
         else:
             train.blend_per_split = [remaining if split is Split.train else None for split in Split]
             others.blend_per_split = [None if split is Split.train else per_split[split.value] for split in Split]
-        return [self._build(train)[_TRAIN], *self._build(others)[_TRAIN + 1 :]]
+        selected = self._build(_SELECTED[self.cls], train)[_TRAIN]
+        return [selected, *self._build(self.cls, others)[_TRAIN + 1 :]]
 
-    def _build(self, config: Any) -> list[Any]:
-        builder = BlendedMegatronDatasetBuilder(self.cls, self.sizes, self.is_built_on_rank, config)
+    def _build(self, cls: type, config: Any) -> list[Any]:
+        builder = BlendedMegatronDatasetBuilder(cls, self.sizes, self.is_built_on_rank, config)
         built: list[Any] = builder._build_blended_dataset_splits()
         return built
 
@@ -144,8 +151,7 @@ class SelectedDatasetBuilder(BlendedMegatronDatasetBuilder):
     def _keeps(self, prefix: str, span: tuple[float, float], num_tokens: int) -> bool:
         """Whether the kept sequences in this part of the shard have at least so many tokens."""
         shard = self.selection.shard(prefix)
-        start, stop = (round(end * float(shard.record.num_sequences)) for end in span)
-        ids = _kept(shard.ids, start, stop)
+        ids = _kept(shard.ids, span, shard.record.num_sequences)
         if len(ids) == 0:
             return False
         dataset = IndexedDataset(prefix)  # its arrays are gone with it
@@ -156,10 +162,11 @@ class SelectedDatasetBuilder(BlendedMegatronDatasetBuilder):
         return False
 
 
-def _kept(ids: np.ndarray, start: int, stop: int) -> np.ndarray:
-    """Those of the ascending ids that lie in [start, stop): int32."""
-    first, last = np.searchsorted(ids, [start, stop])
-    return np.array(ids[first:last], dtype=np.int32)
+def _kept(ids: np.ndarray, span: tuple[float, float], num_sequences: int) -> np.ndarray:
+    """Those of a shard's ascending ids that lie in a split's span of its sequences: int32, a view."""
+    ends = [round(end * float(num_sequences)) for end in span]  # as Megatron does it
+    first, last = np.searchsorted(ids, np.array(ends, dtype=ids.dtype))  # of another dtype, all ids would be converted
+    return np.asarray(ids[first:last])
 
 
 def install(selection: Selection) -> None:

@@ -39,7 +39,7 @@ def run_script(
         from megatron_bliss.data.selection import Selection
         from megatron_bliss.mcore import dataset
 
-        dataset.install(Selection.open(selection))
+        dataset.install(Selection.open(selection, in_full=False))
     if before is not None:
         before()
     added = platform.training_flags(arguments)
