@@ -4,26 +4,25 @@ Two kinds of junk: random tokens, which a filter by loss would find too, and one
 lowest loss of all.
 """
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
 
-from megatron_bliss.bilevel.curvature import make_curvature
-from megatron_bliss.bilevel.loop import BilevelLoop, LoopSettings
-from megatron_bliss.bilevel.solvers import Averaged
-from megatron_bliss.config import ModelConfig
+from megatron_bliss.config import BilevelConfig, ModelConfig
 from megatron_bliss.mcore import parallel
 from megatron_bliss.mcore.batches import make_batch
-from megatron_bliss.mcore.lower_level import MegatronLowerLevel, MegatronUpperLevel, MicroBatch, micro_batches
+from megatron_bliss.mcore.lower_level import MicroBatch, micro_batches
 from megatron_bliss.mcore.models import build_language_model
 from megatron_bliss.mcore.score_model import build_score_model
+from megatron_bliss.stages.bilevel import assemble
 from tests.distributed import run_ranks
 
 VOCAB_SIZE, LENGTH, BATCH, STEPS = 64, 33, 24, 40
 SMALL = ModelConfig(preset="tiny", hidden_size=32, ffn_hidden_size=64)
-CASES = [("finite-difference", "random"), ("finite-difference", "repeated"), ("none", "random")]
+CASES = [
+    *(("finite-difference", kind) for kind in ("random", "repeated")),
+    *((curvature, "random") for curvature in ("none", "gauss-newton")),
+]
 
 
 def sound(random: np.random.Generator) -> np.ndarray:
@@ -58,21 +57,19 @@ def learn(rank: int) -> dict[tuple[str, str], tuple[float, float]]:
     for curvature, kind in CASES:
         torch.manual_seed(0)
         score_model = build_score_model(SMALL, VOCAB_SIZE, context)
-        lower = MegatronLowerLevel(build_language_model(SMALL, VOCAB_SIZE, context), None, context, VOCAB_SIZE, 0.0)
-        upper = MegatronUpperLevel(score_model, context)
-        settings = LoopSettings(STEPS, lr_proxy=3e-3, lr_score=1e-3)
-        solver = Averaged(lower.space, lr=0.05, damping=1.0, beta=0.9)
-        loop: BilevelLoop[Any] = BilevelLoop(lower, upper, make_curvature(curvature, lower.space), solver, settings)
+        proxy = build_language_model(SMALL, VOCAB_SIZE, context)
+        settings = BilevelConfig(outer_steps=STEPS, lr_proxy=3e-3, lr_score=1e-3, gamma=0.0, curvature=curvature)
+        loop = assemble(settings, proxy, score_model, None, context, VOCAB_SIZE)
         random = np.random.default_rng(1)
         is_good = np.arange(200) % 3 != 0
         test = batch([sound(random) if good else junk(kind, random) for good in is_good])[0]
         with torch.no_grad():
-            before = auc(upper.logits(test).numpy(), is_good)
+            before = auc(loop.upper.logits(test).numpy(), is_good)
         for _ in range(STEPS):
             rows = [junk(kind, random) if index % 3 == 0 else sound(random) for index in range(BATCH)]
             loop.step(batch(rows), batch([sound(random) for _ in range(BATCH)]))
         with torch.no_grad():
-            found[curvature, kind] = before, auc(upper.logits(test).numpy(), is_good)
+            found[curvature, kind] = before, auc(loop.upper.logits(test).numpy(), is_good)
     return found
 
 

@@ -106,14 +106,29 @@ def build(
     if settings.gamma:
         checkpoint = target_checkpoint(paths, config, round_number)
         target = checkpoints.load_target(checkpoint, context, config.target.model, vocab_size)
-    adam = AdamSettings(weight_decay=settings.weight_decay, betas=betas(settings), clip_grad=settings.clip_grad)
+    loop = assemble(settings, proxy, score_model, target, context, vocab_size, config.proxy.distributed_optimizer)
+    return loop, {checkpoints.MODEL: proxy, checkpoints.SCORE: score_model}
+
+
+def assemble(
+    settings: BilevelConfig,
+    proxy: Any,
+    score_model: Any,
+    target: Any | None,
+    context: ParallelContext,
+    vocab_size: int,
+    distributed_optimizer: bool = False,
+) -> Loop:
+    """The loop on models that hold the weights to begin with."""
+    adam = AdamSettings(
+        weight_decay=settings.weight_decay, betas=(settings.beta1, settings.beta2), clip_grad=settings.clip_grad
+    )
     proxy_adam, score_adam = replace(adam, lr=settings.lr_proxy), replace(adam, lr=settings.lr_score)
-    space = MegatronSpace(proxy, context, proxy_adam, config.proxy.distributed_optimizer)
-    score_space = MegatronSpace(score_model, context, score_adam, config.proxy.distributed_optimizer)
+    space = MegatronSpace(proxy, context, proxy_adam, distributed_optimizer)
+    score_space = MegatronSpace(score_model, context, score_adam, distributed_optimizer)
     shard = VocabShard.of(context, vocab_size)
-    lower = MegatronLowerLevel(proxy, space, target, shard, settings.gamma, settings.kl_direction)
-    loop = BilevelLoop(
-        lower,
+    return BilevelLoop(
+        MegatronLowerLevel(proxy, space, target, shard, settings.gamma, settings.kl_direction),
         MegatronUpperLevel(score_model, score_space),
         make_curvature(settings.curvature, space),
         make_solver(settings, space),
@@ -121,7 +136,6 @@ def build(
         space.optimizer(proxy_adam),
         score_space.optimizer(score_adam),
     )
-    return loop, {checkpoints.MODEL: proxy, checkpoints.SCORE: score_model}
 
 
 def starting_points(paths: RunPaths, config: RunConfig, round_number: int) -> dict[str, str]:
@@ -148,10 +162,6 @@ def make_solver(settings: BilevelConfig, space: ParameterSpace) -> Solver:
     if settings.solver == "conjugate-gradient":
         return ConjugateGradient(space, settings.damping, settings.gradient_average, settings.z_steps)
     return Averaged(space, settings.z_lr, settings.damping, settings.gradient_average, settings.z_steps)
-
-
-def betas(settings: BilevelConfig) -> tuple[float, float]:
-    return settings.beta1, settings.beta2
 
 
 def loop_settings(settings: BilevelConfig) -> LoopSettings:
