@@ -232,4 +232,4 @@ def _mean(values: Tensor, mask: Tensor) -> Tensor:
 def _rows(batch: Batch, index: int) -> Batch:
     """One sequence as a batch."""
     row = slice(index, index + 1)
-    return Batch(batch.tokens[row], batch.labels[row], batch.loss_mask[row], batch.lengths[row])
+    return Batch(batch.tokens[row], batch.labels[row], batch.loss_mask[row], batch.lengths[row], None)
