@@ -32,7 +32,7 @@ from megatron_bliss.mcore.batches import Batch, make_batch
 from megatron_bliss.mcore.lower_level import micro_batches
 from megatron_bliss.mcore.parallel import ParallelContext
 from megatron_bliss.mcore.score_model import build_score_model
-from megatron_bliss.stages.bilevel import make_loop
+from megatron_bliss.stages.bilevel import assemble
 from tests.benchmarks.reference_loop import Models, Phases, ReferenceLoop, Settings
 from tests.distributed import run_ranks
 
@@ -137,7 +137,7 @@ def engine(size: Size, context: ParallelContext, repeats: int) -> dict[str, Any]
     """Timings, and the losses and hypergradient of the last step."""
     proxy, target, score = build(size, context)
     settings = BilevelConfig(batch_size=size.batch, validation_batch_size=size.batch)
-    loop = make_loop(proxy, score, target.requires_grad_(False), context, size.vocab_size, settings)
+    loop = assemble(settings, proxy, score, target.requires_grad_(False), context, size.vocab_size)
     phases = Phases()
     last: dict[str, Any] = {}
 
