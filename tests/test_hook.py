@@ -1,6 +1,8 @@
 """What a training script reads when a selection lies between it and Megatron's datasets."""
 
 import json
+import os
+import shutil
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
@@ -250,3 +252,39 @@ def test_verify_says_what_would_be_read(shards: list[str], tmp_path: Path, capsy
     assert f"{shards[0]} (a): 67 of 200 sequences" in shown
     with pytest.raises(UserError, match="--verify needs --selection"):
         main(["--verify", "pretrain_gpt.py"])
+
+
+def test_the_hook_takes_a_copied_shard_without_reading_all_of_it(
+    shards: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron_bliss.data import shards as reading
+
+    selection = select(tmp_path / "selection", every_third([copied(prefix, tmp_path) for prefix in shards[:2]]))
+    prefix = selection.shards[0].record.prefix
+    os.utime(f"{prefix}.bin", ns=(0, 0))
+    digested: list[Path] = []
+    monkeypatch.setattr(reading, "digest_file", lambda path: digested.append(path) or "")
+    Selection.open(selection.directory, in_full=False)
+    assert not digested
+    with pytest.raises(UserError, match="is not the one this run was started with"):
+        Selection.open(selection.directory)  # in full, which the patched digest refuses
+    assert digested
+    for other, match in ((np.fromfile(f"{prefix}.bin", np.int32)[::-1], "is not the one"), (b"\0" * 8, "truncated")):
+        Path(f"{prefix}.bin").write_bytes(bytes(other))
+        with pytest.raises(UserError, match=match):
+            Selection.open(selection.directory, in_full=False)
+
+
+def copied(prefix: str, folder: Path) -> str:
+    for suffix in (".bin", ".idx"):
+        shutil.copy(f"{prefix}{suffix}", folder)
+    return str(folder / Path(prefix).name)
+
+
+def test_no_list_of_all_ids_is_made(shards: list[str], tmp_path: Path) -> None:
+    """What Megatron gets are the bytes of the selection's file."""
+    config = config_of(data_arguments("single", shards, shards[2], tmp_path), tmp_path)
+    selection = select(tmp_path / "selection", {shards[0]: np.arange(1, 200, 3)})
+    train, _, _ = build(config, selection, num_samples=10)
+    assert np.shares_memory(train.indices, selection.ids(shards[0]))
+    assert len(train.indices) == 60  # below 180, the end of the training split

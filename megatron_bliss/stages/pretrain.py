@@ -67,7 +67,7 @@ def decay_branch(run_dir: Path, round_number: int) -> Path:
         return iteration_path(trunk, start)
     save, end = paths.evaluation(round_number) / "decay", start + config.evaluation.decay_steps
     trunk_digest = digest_tree(find(iteration_path(trunk, start)))
-    sources = {"target": trunk_digest, "selection": Selection.open(selection).digest}
+    sources = {"target": trunk_digest, "selection": Selection.open(selection, in_full=False).digest}
     resumed = resume("evaluate", save, sources, _is_first())
     if resumed != end:
         fresh = paths.evaluation(round_number) / "start"
@@ -96,7 +96,7 @@ def _remember_selection(save: Path, round_number: int, selection: Path) -> None:
     """
     if not _is_first():
         return
-    path, digest = save.with_name(f"{save.name}-selections.json"), Selection.open(selection).digest
+    path, digest = save.with_name(f"{save.name}-selections.json"), Selection.open(selection, in_full=False).digest
     known = read_json(path)["rounds"] if path.exists() else {}
     if known.setdefault(str(round_number), digest) != digest:
         raise UserError(
@@ -127,7 +127,7 @@ def _train(config: RunConfig, selection: Path, files: Files, arguments: Sequence
 
 def write_blends(path: Path, selection: Path, config: RunConfig) -> None:
     """The file for --per-split-data-args-path."""
-    blends = split_blends(Selection.open(selection).blend, config.data.validation)
+    blends = split_blends(Selection.open(selection, in_full=False).blend, config.data.validation)
     with atomic_write(path, "w") as stream:
         json.dump(blends, stream, indent=1)
 
