@@ -16,8 +16,7 @@ from megatron_bliss.data.sampling import SequenceSampler, permute, share_of_rank
 from megatron_bliss.data.seeds import derive, hash_positions, uniform
 from megatron_bliss.data.selection import Counts, KeptShard, Selection, write_selection
 from megatron_bliss.data.shards import ShardRecord
-from megatron_bliss.data.slices import HELD_OUT, Slicing, slice_ids, slice_numbers
-from megatron_bliss.data.topk import Candidates, top_k_by_tokens
+from megatron_bliss.data.slices import HELD_OUT, Slicing, slice_numbers
 from megatron_bliss.errors import UserError
 from megatron_bliss.methods import offline_method
 from megatron_bliss.methods.perplexity import Perplexity
@@ -59,7 +58,8 @@ def test_slices_are_disjoint_and_cover_all_and_do_not_depend_on_chunks(monkeypat
     whole = slice_numbers(record, 1, 4, 0.02)
     monkeypatch.setattr("megatron_bliss.data.slices._CHUNK", 7)
     np.testing.assert_array_equal(slice_numbers(record, 1, 4, 0.02), whole)
-    parts = [slice_ids(record, number, 1, 4, 0.02) for number in range(-1, 4)]
+    slicing = Slicing(seed=1, num_slices=4, records=[record], held_out=100)
+    parts = [slicing.ids(record, number) for number in range(-1, 4)]
     assert all(part.dtype == np.int32 and (np.diff(part) > 0).all() for part in parts)
     assert sorted(np.concatenate(parts).tolist()) == list(range(5000))
 
@@ -94,74 +94,6 @@ def test_held_out_sequences_are_spread_over_a_domain() -> None:
         assert not np.isin(slicing.ids_by_name(number)["a0"], held_out["a0"]).any()
 
 
-# --- top-k
-
-
-def naive_top_k(shards: list[Candidates], budget: int) -> list[np.ndarray]:
-    """By a full sort of Python tuples."""
-    entries = sorted(
-        (-float(score), shard.digest, position, index, int(length))
-        for index, shard in enumerate(shards)
-        for position, (score, length) in enumerate(zip(shard.scores, shard.lengths, strict=True))
-    )
-    kept = [np.zeros(len(shard.scores), dtype=bool) for shard in shards]
-    for _, _, position, index, length in entries:
-        budget -= length
-        if budget < 0:
-            break
-        kept[index][position] = True
-    return kept
-
-
-SCORES = st.one_of(
-    st.sampled_from([0.0, -0.0, 1.0, -1.0, float("inf"), -float("inf"), 1e-45, -1e-45, 3.4e38]),
-    st.floats(width=32, allow_nan=False),
-)
-
-
-@st.composite
-def pools(draw: st.DrawFn) -> list[Candidates]:
-    shards = []
-    for index in draw(st.permutations(range(draw(st.integers(1, 4))))):
-        pairs = draw(st.lists(st.tuples(SCORES, st.integers(0, 9)), max_size=12))
-        scores = np.array([score for score, _ in pairs], dtype=np.float32)
-        lengths = np.array([length for _, length in pairs], dtype=np.int32)
-        shards.append(Candidates(f"digest{index}", scores, lengths))
-    return shards
-
-
-@settings(max_examples=300, deadline=None)
-@given(shards=pools(), budget=st.integers(0, 200), order=st.randoms(use_true_random=False))
-def test_top_k_equals_a_full_sort_in_any_order_of_shards(shards: list[Candidates], budget: int, order: object) -> None:
-    top = top_k_by_tokens(shards, budget)
-    for mask, expected in zip(top.kept, naive_top_k(shards, budget), strict=True):
-        np.testing.assert_array_equal(mask, expected)
-    kept_scores = np.concatenate([shard.scores[mask] for shard, mask in zip(shards, top.kept, strict=True)])
-    assert top.threshold == (kept_scores.min() if len(kept_scores) else None)
-    num_tokens = sum(int(shard.lengths[mask].sum()) for shard, mask in zip(shards, top.kept, strict=True))
-    assert top.num_tokens == num_tokens <= budget
-    shuffled = list(range(len(shards)))
-    order.shuffle(shuffled)  # type: ignore[attr-defined]
-    again = top_k_by_tokens([shards[index] for index in shuffled], budget)
-    for place, index in enumerate(shuffled):
-        np.testing.assert_array_equal(again.kept[place], top.kept[index])
-
-
-def test_top_k_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_bliss.data.topk._CHUNK", 64)
-    rng = np.random.default_rng(0)
-    shards = [
-        Candidates(digest, rng.integers(0, 30, 1000).astype(np.float32), rng.integers(1, 9, 1000)) for digest in "cab"
-    ]
-    for mask, expected in zip(top_k_by_tokens(shards, 4321).kept, naive_top_k(shards, 4321), strict=True):
-        np.testing.assert_array_equal(mask, expected)
-
-
-def test_top_k_refuses_nan() -> None:
-    with pytest.raises(ValueError, match="NaN"):
-        top_k_by_tokens([Candidates("a", np.array([1, np.nan], dtype=np.float32), np.array([1, 1]))], 1)
-
-
 # --- blends
 
 PARTS = [BlendPart("a", 100, 30), BlendPart("a", 100, 10), BlendPart("b", 200, 60), BlendPart("b", 50, 0)]
@@ -175,13 +107,9 @@ def test_blend_policies() -> None:
     assert blend_weights("keep", [*PARTS, BlendPart("c", 10, 0)], {"a": 3, "b": 1, "c": 4})[2] == pytest.approx(0.25)
 
 
-def test_score_weights_are_pool_tokens_times_mean_percentile_rank() -> None:
-    scores = [np.array(values, dtype=np.float32) for values in ([3, 3], [1], [-np.inf])]
-    # ranks of the four: 3 and 3 tie for places 3 and 4 (midpoint 0.75), 1: 0.375, -inf: 0.125
-    weights = score_weights(["a", "b", "b"], [100, 60, 40], scores)
-    assert weights == pytest.approx({"a": 100 * 0.75, "b": 100 * 0.25})
-    equal = score_weights(["a", "b"], [30, 70], [np.zeros(3, dtype=np.float32), np.zeros(5, dtype=np.float32)])
-    assert equal == pytest.approx({"a": 15, "b": 35})
+def test_score_weights_are_pool_tokens_times_mean_rank() -> None:
+    weights = score_weights(["a", "b", "b", "c"], [100, 60, 40, 9], {"a": 0.75, "b": 0.25, "c": float("nan")})
+    assert weights == {"a": 100 * 0.75, "b": 100 * 0.25, "c": 0}
 
 
 # --- selections
@@ -350,9 +278,10 @@ def test_methods_by_name() -> None:
 def test_perplexity_prefers(keep: str, best: float) -> None:
     method = Perplexity(keep)
     losses = [np.array([9, 1], dtype=np.float32), np.array([], dtype=np.float32), np.array([2], dtype=np.float32)]
-    scores = method.finish([method.from_output(loss) for loss in losses])
-    assert all(values.dtype == np.float32 for values in scores)
-    assert np.concatenate(losses)[np.concatenate(scores).argmax()] == best
+    everything = np.concatenate(losses)
+    scores = method.compared(method.from_output(everything), np.median(method.from_output(everything)))
+    assert scores.dtype == np.float32
+    assert everything[scores.argmax()] == best
 
 
 def test_random_scores_are_uniform_and_keyed() -> None:

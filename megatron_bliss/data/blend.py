@@ -14,8 +14,6 @@ share of the blend is decided by its weight.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 POLICIES = ("pool", "keep", "score")
 
 
@@ -50,18 +48,15 @@ def blend_weights(policy: str, parts: Sequence[BlendPart], domain_weights: dict[
     return [weight / total for weight in weights]
 
 
-def score_weights(domains: Sequence[str], pool_tokens: Sequence[int], scores: Sequence[np.ndarray]) -> dict[str, float]:
-    """Domain weights of the `score` policy, from one entry a shard.
+def score_weights(
+    domains: Sequence[str], pool_tokens: Sequence[int], mean_ranks: Mapping[str, float]
+) -> dict[str, float]:
+    """Domain weights of the `score` policy.
 
-    :param scores: float32 [n] of the shard's candidates, no NaN.
+    :param domains: of each shard, with its tokens in the pool.
+    :param mean_ranks: of the domains' candidates (`ranks.mean_ranks`); NaN for a domain without any, which gets 0.
     """
-    everything = np.sort(np.concatenate(scores))
-    ranks: dict[str, float] = {}
-    counts: dict[str, int] = {}
     tokens: dict[str, int] = {}
-    for domain, num_tokens, values in zip(domains, pool_tokens, scores, strict=True):
-        below, upto = (np.searchsorted(everything, values, side=side) for side in ("left", "right"))
-        ranks[domain] = ranks.get(domain, 0.0) + float((below + upto).sum()) / 2 / max(len(everything), 1)
-        counts[domain] = counts.get(domain, 0) + len(values)
+    for domain, num_tokens in zip(domains, pool_tokens, strict=True):
         tokens[domain] = tokens.get(domain, 0) + num_tokens
-    return {domain: tokens[domain] * ranks[domain] / max(counts[domain], 1) for domain in ranks}
+    return {domain: tokens[domain] * rank if (rank := mean_ranks[domain]) > 0 else 0.0 for domain in tokens}

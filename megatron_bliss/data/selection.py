@@ -1,23 +1,29 @@
 """A selection: which sequences of which shards to train on, and in which blend.
 
     selection/NAME.npy         int32, ascending ids of the kept sequences of a shard
+    selection/blend.txt        the blend for Megatron's --data-args-path: `weight prefix weight prefix …`
     selection/manifest.json    the shards, what was kept of each, the blend, and what the selection came from
 
-A selection is whole when its manifest is there: the manifest is written last and removed first.
+A selection is written beside its place and appears there whole.
 """
 
+import io
 import math
 import os
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_bliss.artifacts import atomic_write, digest_file, digest_json, read_json, write_json
+from megatron_bliss.artifacts import digest_file, digest_json, fsync_directory, read_json, write_json
 from megatron_bliss.data.shards import ShardRecord, verify_shard
 from megatron_bliss.errors import UserError
+
+_MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
@@ -54,53 +60,120 @@ def write_selection(
     *,
     method: str,
     seed: int,
-    fraction: float,
+    fraction: float | None,
     thresholds: dict[str, float | None],
     blend_policy: str,
     sources: dict[str, str],
+    **facts: Any,
 ) -> None:
-    """Write a selection directory.
+    """Write a selection directory from ids in memory. The arguments are those of `write_manifest`.
+
+    :raises UserError: if nothing is kept at all, or the directory cannot be written.
+    """
+    facts |= {"method": method, "seed": seed, "fraction": fraction, "blend_policy": blend_policy, "sources": sources}
+    with replacing(directory) as staging:
+        for shard in shards:
+            write_ids(staging / f"{shard.record.name}.npy", [shard.ids])
+        write_manifest(staging, shards, thresholds, facts)
+
+
+@contextmanager
+def replacing(directory: Path) -> Iterator[Path]:
+    """Yield an empty directory that takes the place of `directory` if the block ends without an error; else it is
+    removed, and what was there stays.
+
+    :raises UserError: if it cannot be written, or something else than a selection is there.
+    """
+    directory = Path(directory)
+    staging, former = (directory.with_name(f".{directory.name}.{suffix}") for suffix in ("unfinished", "former"))
+    if directory.exists() and any(directory.iterdir()) and not (directory / _MANIFEST).exists():
+        raise UserError(f"{directory} holds something else than a selection; remove it, or give another directory")
+    try:
+        for left in (staging, former):  # by a kill
+            if left.exists():
+                shutil.rmtree(left)
+        staging.mkdir(parents=True)
+        yield staging
+        fsync_directory(staging)
+        if directory.exists():
+            os.replace(directory, former)
+        os.replace(staging, directory)
+        fsync_directory(directory.parent)
+        shutil.rmtree(former, ignore_errors=True)
+    except OSError as error:
+        raise UserError(
+            f"{directory} cannot be written ({error.strerror}); make room or change its permissions, and run the "
+            "select stage again"
+        ) from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def write_ids(path: Path, parts: Iterable[np.ndarray]) -> None:
+    """Write ascending ids, given in parts, as one numpy array of int32, and flush it to disk."""
+    count = 0
+    with open(path, "wb") as stream:
+        stream.write(_header(0))
+        for ids in parts:
+            stream.write(np.ascontiguousarray(ids, dtype=np.int32).data)
+            count += len(ids)
+        stream.seek(0)
+        stream.write(_header(count))
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _header(count: int) -> bytes:
+    """Of a .npy file of int32; numpy pads it, so that its length is the same for every count."""
+    stream = io.BytesIO()
+    description = np.lib.format.dtype_to_descr(np.dtype(np.int32))
+    np.lib.format.write_array_header_1_0(stream, {"descr": description, "fortran_order": False, "shape": (count,)})
+    return stream.getvalue()
+
+
+def write_manifest(
+    directory: Path, shards: Sequence[KeptShard], thresholds: Mapping[str, float | None], facts: Mapping[str, Any]
+) -> None:
+    """Write the blend and the manifest of a selection whose ids are there.
 
     :param shards: every shard of the pool, also those nothing is kept of; weights sum to 1.
-    :param fraction: of the slice's tokens that was asked for.
     :param thresholds: lowest kept score by domain, None where nothing is kept.
-    :param sources: digests of what the selection was made from, by name.
+    :param facts: what the selection was made by and from, for the manifest; `sources` holds digests by name.
     :raises UserError: if nothing is kept at all.
     """
     if not any(len(shard.ids) for shard in shards):
         raise UserError(
-            f"selection {directory} would be empty: {fraction} of the slice's tokens is less than one sequence; "
-            "use a larger pool, fewer rounds or a larger fraction"
+            "the selection would be empty: what is asked for is less than one sequence; use a larger pool, fewer "
+            "rounds or a larger share"
         )
-    manifest_path = Path(directory) / "manifest.json"
-    manifest_path.unlink(missing_ok=True)
-    entries = []
-    for shard in shards:
-        path = Path(directory) / f"{shard.record.name}.npy"
-        with atomic_write(path) as stream:
-            np.lib.format.write_array(stream, shard.ids.astype(np.int32), allow_pickle=False)
-        entries.append(
-            {
-                "record": asdict(shard.record),
-                "digest": shard.record.digest,
-                "ids_sha256": digest_file(path),
-                "weight": shard.weight,
-                "counts": asdict(shard.counts),
-            }
-        )
-    write_json(
-        manifest_path,
+    blend = [(shard.weight, shard.record.prefix) for shard in shards if len(shard.ids)]
+    if not any(character.isspace() for _, prefix in blend for character in prefix):  # Megatron splits at spaces
+        with open(directory / "blend.txt", "w") as stream:
+            stream.writelines(f"{weight!r} {prefix}\n" for weight, prefix in blend)
+            stream.flush()
+            os.fsync(stream.fileno())
+    entries = [
         {
-            "schema": 1,
-            "method": method,
-            "seed": seed,
-            "fraction": fraction,
-            "thresholds": {domain: _finite(threshold) for domain, threshold in thresholds.items()},
-            "blend_policy": blend_policy,
-            "sources": sources,
-            "shards": entries,
-        },
-    )
+            "record": asdict(shard.record),
+            "digest": shard.record.digest,
+            "ids_sha256": digest_file(directory / f"{shard.record.name}.npy"),
+            "weight": shard.weight,
+            "counts": asdict(shard.counts),
+        }
+        for shard in shards
+    ]
+    finite = {domain: _finite(threshold) for domain, threshold in thresholds.items()}
+    domains = {domain: asdict(counts) for domain, counts in by_domain(shards).items()}
+    own = {"schema": 1, "thresholds": finite, "blend": blend, "domains": domains, "shards": entries}
+    write_json(directory / _MANIFEST, {**facts, **own})
+
+
+def by_domain(shards: Iterable[KeptShard]) -> dict[str, Counts]:
+    """What was kept, by domain."""
+    totals: dict[str, Counts] = {}
+    for shard in shards:
+        totals[shard.record.domain] = totals.get(shard.record.domain, Counts(0, 0, 0, 0)) + shard.counts
+    return totals
 
 
 def _finite(threshold: float | None) -> float | None:
@@ -176,10 +249,7 @@ class Selection:
     @property
     def domains(self) -> dict[str, Counts]:
         """What was kept, by domain."""
-        totals: dict[str, Counts] = {}
-        for shard in self.shards:
-            totals[shard.record.domain] = totals.get(shard.record.domain, Counts(0, 0, 0, 0)) + shard.counts
-        return totals
+        return by_domain(self.shards)
 
     @property
     def counts(self) -> Counts:

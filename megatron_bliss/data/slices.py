@@ -1,5 +1,7 @@
 """Which slice of the pool a sequence belongs to: slice 0 is the warm-up's, slice r is round r's, -1 is held out.
 
+With `selection.pool: all` every round's slice is all that is not held out; the warm-up's stays a part of it.
+
 The answer is a hash of (seed, shard digest, sequence id), so nothing has to be stored or agreed on.
 """
 
@@ -25,23 +27,21 @@ def _numbers(start: int, stop: int, seed: int, num_slices: int, held_out_share: 
     return numbers
 
 
-def slice_numbers(record: ShardRecord, seed: int, num_slices: int, held_out_share: float) -> np.ndarray:
-    """Slice of every sequence of a shard: int16 [num_sequences], in -1 .. num_slices - 1.
+def slice_numbers(
+    record: ShardRecord, seed: int, num_slices: int, held_out_share: float, span: tuple[int, int] | None = None
+) -> np.ndarray:
+    """Slice of a shard's sequences: int16 [span, or num_sequences], in -1 .. num_slices - 1.
 
     :param held_out_share: expected share of the sequences that get -1; a larger share only adds to them.
+    :param span: the first id, and the one after the last; None: all.
     """
-    numbers = np.empty(record.num_sequences, dtype=np.int16)
+    first, last = span or (0, record.num_sequences)
+    numbers = np.empty(last - first, dtype=np.int16)
     seed = derive(seed, "slices", record.digest)
-    for start in range(0, len(numbers), _CHUNK):
-        stop = min(start + _CHUNK, len(numbers))
-        numbers[start:stop] = _numbers(start, stop, seed, num_slices, held_out_share)
+    for start in range(first, last, _CHUNK):
+        stop = min(start + _CHUNK, last)
+        numbers[start - first : stop - first] = _numbers(start, stop, seed, num_slices, held_out_share)
     return numbers
-
-
-def slice_ids(record: ShardRecord, number: int, seed: int, num_slices: int, held_out_share: float) -> np.ndarray:
-    """Ids of a shard's sequences in slice `number`: int32, ascending."""
-    numbers = slice_numbers(record, seed, num_slices, held_out_share)
-    return np.flatnonzero(numbers == number).astype(np.int32)
 
 
 @dataclass(frozen=True)
@@ -52,19 +52,28 @@ class Slicing:
     num_slices: int
     records: list[ShardRecord]  # the pool
     held_out: int  # sequences a domain, expected
+    is_shared: bool = False  # every round has the whole pool
 
     @classmethod
     def of(cls, config: RunConfig, inventory: Inventory) -> "Slicing":
-        return cls(config.seed, config.num_slices, inventory.pool, config.data.held_out)
+        is_shared = config.selection.pool == "all"
+        return cls(config.seed, config.num_slices, inventory.pool, config.data.held_out, is_shared)
 
     def held_out_share(self, domain: str) -> float:
         """Share of a domain's sequences that is kept out of every slice, at most 5 %."""
         num_sequences = sum(record.num_sequences for record in self.records if record.domain == domain)
         return min(self.held_out / max(num_sequences, 1), MAX_HELD_OUT_SHARE)
 
-    def ids(self, record: ShardRecord, number: int) -> np.ndarray:
-        """Ids of a shard's sequences in a slice: int32, ascending."""
-        return slice_ids(record, number, self.seed, self.num_slices, self.held_out_share(record.domain))
+    def ids(self, record: ShardRecord, number: int, span: tuple[int, int] | None = None) -> np.ndarray:
+        """Ids of a shard's sequences in a slice: int32, ascending.
+
+        :param span: only of those from the first id to before the last.
+        """
+        share = self.held_out_share(record.domain)
+        numbers = slice_numbers(record, self.seed, self.num_slices, share, span)
+        inside = numbers != HELD_OUT if self.is_shared and number > 0 else numbers == number
+        ids = np.flatnonzero(inside).astype(np.int32)
+        return ids + np.int32(span[0]) if span else ids
 
     def ids_by_name(self, number: int) -> dict[str, np.ndarray]:
         """Ids of a slice by shard name, for every shard of the pool; some may be empty."""

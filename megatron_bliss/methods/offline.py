@@ -1,8 +1,8 @@
 """Offline methods: one score a sequence, made before the training it decides on. Higher is better.
 
 A score passes through two hands. `from_output` turns what a stage measured into what the score files hold; it sees
-a batch at a time. `finish` turns the scores of a whole slice into what is compared, for methods that need all of
-them (the median, for example). Methods that need no model score a shard directly.
+a batch at a time. `compared` turns them into what is compared when the selection is made, for methods that need to
+know the median of the whole slice. Methods that need no model score a shard directly.
 
 A new method is one file with a subclass, and a line in `methods.offline_method`.
 """
@@ -20,6 +20,7 @@ class OfflineMethod(Protocol):
     name: str
     scored_by: Literal["score_model", "proxy_loss", "none"]  # whose output is scored; none: no score stage
     learns: bool = False  # there is a bilevel stage
+    needs_median: bool = False  # `compared` has to know the median of all candidates' scores
 
     def from_output(self, output: np.ndarray) -> np.ndarray:
         """:param output: float32 [n]: the score model's output, or the proxy's mean loss on each sequence in nats.
@@ -31,8 +32,9 @@ class OfflineMethod(Protocol):
         """Score sequences of a shard where `scored_by` is "none": float32 [len(ids)]."""
         raise AssertionError(f"{self.name} is scored by {self.scored_by}")
 
-    def finish(self, scores: list[np.ndarray]) -> list[np.ndarray]:
-        """:param scores: float32 [n] of the slice's sequences, one array a shard.
-        :returns: the same shapes: what is compared when the selection is made.
+    def compared(self, scores: np.ndarray, median: np.float32) -> np.ndarray:
+        """:param scores: float32 [n] of the score files.
+        :param median: of all candidates; 0 unless `needs_median`.
+        :returns: float32 [n]: what is compared when the selection is made.
         """
         return scores

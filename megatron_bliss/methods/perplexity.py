@@ -19,12 +19,10 @@ class Perplexity(OfflineMethod):
     def __init__(self, keep: str) -> None:
         self.name = f"perplexity-{keep}"
         self._keep = keep
+        self.needs_median = keep == "middle"
 
     def from_output(self, output: np.ndarray) -> np.ndarray:
         return output if self._keep == "high" else -output
 
-    def finish(self, scores: list[np.ndarray]) -> list[np.ndarray]:
-        if self._keep != "middle" or not any(map(len, scores)):
-            return scores
-        median = np.median(np.concatenate(scores))
-        return [-np.abs(values - median) for values in scores]
+    def compared(self, scores: np.ndarray, median: np.float32) -> np.ndarray:
+        return -np.abs(scores - median) if self.needs_median else scores

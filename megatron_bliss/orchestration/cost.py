@@ -74,6 +74,8 @@ def arm_costs(arm: Arm, pool: PoolSize | None) -> dict[str, Cost]:
     """Cost of an arm's stages by name; stages that cost next to nothing are not in it."""
     config = arm.config
     one_slice = pool.part(1 / config.num_slices) if pool else None
+    offered = _offered(config, pool)
+    share = config.selection.share(offered.num_tokens) if offered else 1.0
     costs = {
         arm.stage_name("inventory"): Cost(*_size(pool)),
         arm.stage_name("warmup-select"): _select(pool, one_slice, config.warmup.fraction),
@@ -87,14 +89,17 @@ def arm_costs(arm: Arm, pool: PoolSize | None) -> dict[str, Cost]:
         if arm.method.learns:
             costs[arm.stage_name("bilevel", number)] = _bilevel(config)
         if arm.method.scored_by != "none":
-            costs[arm.stage_name("score", number)] = _score(config, pool, one_slice)
-        costs[arm.stage_name("select", number)] = _select(pool, one_slice, config.selection.fraction)
-        costs[arm.stage_name("prepare", number)] = _prepare(
-            config, one_slice, config.selection.fraction, config.round_steps
-        )
+            costs[arm.stage_name("score", number)] = _score(config, pool, offered)
+        costs[arm.stage_name("select", number)] = _select(pool, offered, share)
+        costs[arm.stage_name("prepare", number)] = _prepare(config, offered, share, config.round_steps)
         costs[arm.stage_name("pretrain", number)] = _pretrain(config, config.round_steps)
         costs[arm.stage_name("evaluate", number)] = _evaluate(config)
     return costs
+
+
+def _offered(config: RunConfig, pool: PoolSize | None) -> PoolSize | None:
+    """What a round chooses from."""
+    return pool and pool.part(1.0 if config.selection.pool == "all" else 1 / config.num_slices)
 
 
 def bilevel_flops_per_step(config: RunConfig) -> float:
@@ -167,25 +172,25 @@ def _bilevel(config: RunConfig) -> Cost:
     return Cost(sequences, sequences * config.data.sequence_length, flops, disk)
 
 
-def _score(config: RunConfig, pool: PoolSize | None, one_slice: PoolSize | None) -> Cost:
-    if pool is None or one_slice is None:
+def _score(config: RunConfig, pool: PoolSize | None, offered: PoolSize | None) -> Cost:
+    if pool is None or offered is None:
         return Cost(None, None, None, None)
-    flops = one_slice.num_tokens * _training_flops_per_token(config, proxy=True) * _FORWARD
-    return Cost(one_slice.num_sequences, one_slice.num_tokens, flops, pool.num_sequences * _SCORE_BYTES)
+    flops = offered.num_tokens * _training_flops_per_token(config, proxy=True) * _FORWARD
+    return Cost(offered.num_sequences, offered.num_tokens, flops, pool.num_sequences * _SCORE_BYTES)
 
 
-def _select(pool: PoolSize | None, one_slice: PoolSize | None, fraction: float) -> Cost:
-    if pool is None or one_slice is None:
+def _select(pool: PoolSize | None, offered: PoolSize | None, fraction: float) -> Cost:
+    if pool is None or offered is None:
         return Cost(None, None, 0.0, None)
-    kept = one_slice.part(fraction)
+    kept = offered.part(fraction)
     return Cost(kept.num_sequences, kept.num_tokens, 0.0, kept.num_sequences * _ID_BYTES)
 
 
-def _prepare(config: RunConfig, one_slice: PoolSize | None, fraction: float, steps: int) -> Cost:
+def _prepare(config: RunConfig, offered: PoolSize | None, fraction: float, steps: int) -> Cost:
     """An entry for each kept sequence in each epoch, and for each sample of the epochs that the steps need."""
-    if one_slice is None:
+    if offered is None:
         return Cost(None, None, 0.0, None)
-    kept, drawn = one_slice.part(fraction), steps * config.target.global_batch_size
+    kept, drawn = offered.part(fraction), steps * config.target.global_batch_size
     tokens = max(kept.num_tokens, 1)
     epochs = max(-(-drawn * config.data.sequence_length // tokens), 1)
     disk = epochs * kept.num_sequences * _ID_BYTES + drawn * _BLEND_BYTES
@@ -274,8 +279,8 @@ def _notes(config: RunConfig, run_dir: Path, pool: PoolSize | None) -> list[str]
     lines = [f"target {quantity(target)} parameters, proxy {quantity(proxy)} parameters"]
     for arm in arms(config, run_dir):
         trained = arm.config.round_steps * config.target.global_batch_size * config.data.sequence_length
-        if pool:
-            kept = pool.part(arm.config.selection.fraction / config.num_slices).num_tokens
+        if offered := _offered(arm.config, pool):
+            kept = offered.part(arm.config.selection.share(offered.num_tokens)).num_tokens
             lines.append(
                 f"{arm.name}: a round trains on {quantity(trained)} tokens, {trained / max(kept, 1):.2f} times the "
                 f"{quantity(kept)} that are selected for it"

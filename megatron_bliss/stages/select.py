@@ -1,77 +1,130 @@
-"""`select`: keep the best part of a round's slice; `warmup-select`: a random part of slice 0."""
+"""`select`: keep the best part of a round's candidates, or of any scored shards; `warmup-select`: a random part of
+slice 0."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
+from rich.console import Console
+from rich.table import Table
 
-from megatron_bliss.artifacts import RunPaths
-from megatron_bliss.config import RunConfig, read_saved_config
-from megatron_bliss.data.blend import BlendPart, blend_weights, score_weights
+from megatron_bliss.artifacts import RunPaths, digest_file
+from megatron_bliss.config import RunConfig, SelectionConfig, TokenizerConfig, read_saved_config, warmup_run
 from megatron_bliss.data.inventory import Inventory
+from megatron_bliss.data.ledger import Ledger
 from megatron_bliss.data.scores import ScoreFiles
 from megatron_bliss.data.seeds import derive
-from megatron_bliss.data.selection import Counts, KeptShard, Selection, write_selection
-from megatron_bliss.data.shards import ShardRecord, verify_shard
+from megatron_bliss.data.selection import Counts, Selection
 from megatron_bliss.data.slices import Slicing
-from megatron_bliss.data.topk import Candidates, top_k_by_tokens
 from megatron_bliss.errors import UserError
 from megatron_bliss.methods import offline_method
 from megatron_bliss.methods.offline import OfflineMethod
 from megatron_bliss.methods.random import Random
+from megatron_bliss.stages.choice import Choice, Chosen, choose
 from megatron_bliss.stages.inventory import run_inventory
 
 
-def run(run_dir: Path, round_number: int | None) -> None:
+def run(run_dir: Path, round_number: int | None, dry_run: bool = False) -> None:
     """Write a round's selection, or for None the warm-up's, unless a run is started from another one's warm-up.
 
-    The result depends on settings, shards and scores alone, so a selection that is there already is written again
-    to the same bytes.
+    The result depends on settings, shards, scores and, with `selection.pool: all`, earlier selections alone, so a
+    selection that is there already is written again to the same bytes.
 
-    :raises UserError: if scores are missing or unfinished, a shard changed, or nothing would be kept.
+    :param dry_run: print what would be kept, and write nothing.
+    :raises UserError: if scores are missing or unfinished, a shard changed, or less than is asked for can be kept.
     """
     paths = RunPaths(Path(run_dir))
     config = read_saved_config(paths.config)
     if round_number is None and config.warmup.start_from:
         return
-    inventory = run_inventory(run_dir, config)
+    directory = paths.warmup_selection if round_number is None else paths.selection(round_number)
+    choice = round_choice(paths, config, round_number)
+    finish(choice, directory, dry_run)
+
+
+def finish(choice: Choice, directory: Path, dry_run: bool) -> None:
+    """Select, write it unless told otherwise, and say what came of it."""
+    chosen = choose(choice, None if dry_run else directory)
+    if dry_run:
+        show(choice, chosen)
+    _say(choice, chosen)
+
+
+def round_choice(paths: RunPaths, config: RunConfig, round_number: int | None) -> Choice:
+    """What a round's selection is made of and by; for None, the warm-up's.
+
+    :raises UserError: if scores or an earlier selection that is needed are missing.
+    """
+    inventory = run_inventory(paths.root, config)
     seed = selection_seed(config, paths, round_number)
-    sources = {"inventory": inventory.digest}
-    method: OfflineMethod
-    if round_number is None:
-        directory, method, fraction = paths.warmup_selection, Random(), config.warmup.fraction
-    else:
-        directory, method, fraction = paths.selection(round_number), offline_method(config), config.selection.fraction
+    slicing, number = Slicing.of(config, inventory), round_number or 0
+    method: OfflineMethod = Random() if round_number is None else offline_method(config)
+    settings = warmup_settings(config) if round_number is None else config.selection
     files = None
-    if round_number is not None and method.scored_by != "none":
-        files = ScoreFiles(paths.scores(round_number))
-        if files.method != method.name:
-            raise UserError(
-                f"{files.directory} holds scores of {files.method!r}, this run selects by {method.name!r}; "
-                "remove the directory and run the score stage again"
-            )
-        sources["scores"] = files.digest
-    candidates = gather(inventory, Slicing.of(config, inventory), round_number or 0, method, files, seed)
-    shards, thresholds = choose(candidates, config, fraction)
-    write_selection(
-        directory,
-        shards,
-        method=method.name,
+    if method.scored_by == "none":
+        settings = replace(settings, temperature=0.0)  # a random draw is one already
+    else:
+        files = ScoreFiles(paths.scores(number))
+        _check_method(files, method)
+    ledger = _ledger(paths, config, number)
+    return Choice(
+        stage="warmup-select" if round_number is None else "select",
+        records=inventory.pool,
+        method=method,
+        settings=settings,
+        wanted=lambda record, span: slicing.ids(record, number, span),
+        scores=files.read if files else lambda record, ids: method.score_without_model(record, ids, seed),
         seed=seed,
-        fraction=fraction,
-        thresholds=thresholds,
-        blend_policy=config.selection.blend,
-        sources=sources,
+        ledger=ledger,
+        weights={domain.name: domain.weight for domain in config.data.pool if domain.weight is not None} or None,
+        facts={
+            "round": number,
+            "tokenizer": tokenizer_facts(config.data.tokenizer),
+            "score_model": files.model_digest if files else None,
+            "sources": _sources(inventory, files, ledger),
+        },
     )
-    selection = Selection.open(directory)
-    counts, dropped = selection.counts, selection.dropped
-    print(
-        f"[{'warmup-select' if round_number is None else 'select'}] {method.name} keeps {counts.kept_sequences} of "
-        f"{counts.slice_sequences} sequences, {counts.kept_tokens} of {counts.slice_tokens} tokens"
-        + (f"; nothing of {', '.join(dropped)}, left out of the blend" if dropped else ""),
-        flush=True,
+
+
+def _sources(inventory: Inventory, files: ScoreFiles | None, ledger: Ledger) -> dict[str, str]:
+    sources = {"inventory": inventory.digest}
+    if files is not None:
+        sources["scores"] = files.digest
+    if ledger.num_rounds:
+        sources["earlier selections"] = ledger.digest
+    return sources
+
+
+def _check_method(files: ScoreFiles, method: OfflineMethod) -> None:
+    if files.method != method.name:
+        raise UserError(
+            f"{files.directory} holds scores of {files.method!r}, this run selects by {method.name!r}; "
+            "remove the directory and run the score stage again"
+        )
+
+
+def warmup_settings(config: RunConfig) -> SelectionConfig:
+    """Those of the warm-up's random draw."""
+    return replace(
+        config.selection,
+        fraction=config.warmup.fraction,
+        tokens=None,
+        threshold=None,
+        quotas={},
+        temperature=0.0,
+        pool="slice",
+        max_repeats=1,
     )
+
+
+def _ledger(paths: RunPaths, config: RunConfig, round_number: int) -> Ledger:
+    """What the rounds before took, if they select from the same sequences; the warm-up too, if the LLM was trained on
+    it."""
+    if config.selection.pool != "all" or not round_number:
+        return Ledger()
+    directories = [paths.selection(number) for number in range(1, round_number)]
+    if config.warmup.target_steps:
+        directories.insert(0, warmup_run(config, paths).warmup_selection)
+    return Ledger([Selection.open(directory) for directory in directories])
 
 
 def selection_seed(config: RunConfig, paths: RunPaths, round_number: int | None) -> int:
@@ -82,85 +135,56 @@ def selection_seed(config: RunConfig, paths: RunPaths, round_number: int | None)
     return derive(config.seed, arm, "select", round_number)
 
 
-@dataclass(frozen=True)
-class Scored:
-    """A shard's part of the slice."""
-
-    record: ShardRecord
-    ids: np.ndarray  # int32 [n] ascending
-    lengths: np.ndarray  # int32 [n], tokens
-    scores: np.ndarray  # float32 [n], as compared
-
-
-def gather(
-    inventory: Inventory,
-    slicing: Slicing,
-    slice_number: int,
-    method: OfflineMethod,
-    files: ScoreFiles | None,
-    seed: int,
-) -> list[Scored]:
-    """The slice's sequences with their scores, from the score files or, without them, from the method itself."""
-    ids, lengths, scores = [], [], []
-    for record in inventory.pool:
-        ids.append(slicing.ids(record, slice_number))
-        lengths.append(verify_shard(record).sequence_lengths[ids[-1]])
-        found = files.read(record, ids[-1]) if files else method.score_without_model(record, ids[-1], seed)
-        scores.append(found)
-    finished = method.finish(scores)
-    return [Scored(*entry) for entry in zip(inventory.pool, ids, lengths, finished, strict=True)]
+def tokenizer_facts(tokenizer: TokenizerConfig) -> dict[str, str | int | None]:
+    """What tells a tokenizer from others, for manifests."""
+    file = Path(tokenizer.model) if tokenizer.model else None
+    return {
+        "type": tokenizer.type,
+        "model_sha256": digest_file(file) if file and file.is_file() else None,
+        "vocab_size": tokenizer.vocab_size,
+    }
 
 
-def choose(
-    candidates: Sequence[Scored], config: RunConfig, fraction: float
-) -> tuple[list[KeptShard], dict[str, float | None]]:
-    """Keep `fraction` of the candidates' tokens, over the whole pool or within each domain as the blend policy says.
-
-    :returns: what is kept of each shard, in the order given, and the threshold by domain.
-    """
-    policy = config.selection.blend
-    domains = list(dict.fromkeys(scored.record.domain for scored in candidates))
-    groups = [domains] if policy == "pool" else [[domain] for domain in domains]
-    kept: dict[str, np.ndarray] = {}
-    thresholds: dict[str, float | None] = {}
-    for group in groups:
-        members = [scored for scored in candidates if scored.record.domain in group]
-        num_tokens = sum(int(scored.lengths.sum(dtype=np.int64)) for scored in members)
-        top = top_k_by_tokens(
-            [Candidates(scored.record.digest, scored.scores, scored.lengths) for scored in members],
-            round(fraction * num_tokens),
+def show(choice: Choice, chosen: Chosen) -> None:
+    """A table by domain: candidates, what is kept of them, the threshold and the share of the blend."""
+    table = Table(title=f"{choice.stage}: {choice.method.name}, nothing written")
+    for name in ("domain", "candidates", "their tokens", "kept", "kept tokens", "share", "threshold", "blend"):
+        table.add_column(name, justify="left" if name == "domain" else "right")
+    totals = {domain: Counts(0, 0, 0, 0) for domain in choice.domains}
+    weights = dict.fromkeys(choice.domains, 0.0)
+    for record, counts, weight in zip(choice.records, chosen.counts, chosen.weights, strict=True):
+        totals[record.domain] += counts
+        weights[record.domain] += weight
+    kept = sum(counts.kept_tokens for counts in chosen.counts)
+    for domain, counts in totals.items():
+        threshold = chosen.thresholds[domain]
+        table.add_row(
+            domain,
+            f"{counts.slice_sequences:,}",
+            f"{counts.slice_tokens:,}",
+            f"{counts.kept_sequences:,}",
+            f"{counts.kept_tokens:,}",
+            f"{counts.kept_tokens / kept:.2%}",
+            "" if threshold is None else f"{threshold:.6g}",
+            f"{weights[domain]:.2%}",
         )
-        kept |= {scored.record.name: mask for scored, mask in zip(members, top.kept, strict=True)}
-        thresholds |= dict.fromkeys(group, top.threshold)
-    counts = [_counts(scored, kept[scored.record.name]) for scored in candidates]
-    weights = _weights(candidates, counts, config)
-    return [
-        KeptShard(scored.record, scored.ids[kept[scored.record.name]], count, weight)
-        for scored, count, weight in zip(candidates, counts, weights, strict=True)
-    ], thresholds
+    Console().print(table)
 
 
-def _counts(scored: Scored, mask: np.ndarray) -> Counts:
-    return Counts(
-        kept_sequences=int(mask.sum()),
-        kept_tokens=int(scored.lengths[mask].sum(dtype=np.int64)),
-        slice_sequences=len(scored.ids),
-        slice_tokens=int(scored.lengths.sum(dtype=np.int64)),
+def _say(choice: Choice, chosen: Chosen) -> None:
+    total = sum(chosen.counts, Counts(0, 0, 0, 0))
+    names = zip(choice.records, chosen.counts, strict=True)
+    dropped = [record.prefix for record, counts in names if not counts.kept_sequences]
+    line = (
+        f"[{choice.stage}] {choice.method.name} keeps {total.kept_sequences} of {total.slice_sequences} sequences, "
+        f"{total.kept_tokens} of {total.slice_tokens} tokens"
     )
-
-
-def _weights(candidates: Sequence[Scored], counts: Sequence[Counts], config: RunConfig) -> list[float]:
-    parts = [
-        BlendPart(scored.record.domain, scored.record.num_tokens, count.kept_tokens)
-        for scored, count in zip(candidates, counts, strict=True)
-    ]
-    domain_weights: dict[str, float] | None = None
-    if config.selection.blend == "score":
-        domain_weights = score_weights(
-            [part.domain for part in parts],
-            [part.pool_tokens for part in parts],
-            [scored.scores for scored in candidates],
+    if dropped:
+        line += f"; nothing of {', '.join(dropped)}, left out of the blend"
+    print(line, flush=True)
+    if chosen.repeated_tokens:
+        print(
+            f"[{choice.stage}] the pool ran out of sequences that no round has taken: {chosen.repeated_tokens} tokens "
+            f"are taken again, the least used first (selection.max_repeats={choice.settings.max_repeats})",
+            flush=True,
         )
-    elif config.data.pool[0].weight is not None:
-        domain_weights = {domain.name: domain.weight for domain in config.data.pool if domain.weight is not None}
-    return blend_weights(config.selection.blend, parts, domain_weights)
