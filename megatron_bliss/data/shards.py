@@ -101,7 +101,8 @@ class Shard:
 def _map(path: Path, dtype: Any, offset: int, count: int) -> np.ndarray:
     if count == 0:
         return np.empty(0, dtype=dtype)
-    return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=(count,))
+    # a plain view of it: each index into a np.memmap itself goes through Python
+    return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=(count,)).view(np.ndarray)
 
 
 def read_lengths(prefix: str | Path, start: int, stop: int) -> np.ndarray:
