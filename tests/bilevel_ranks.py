@@ -28,7 +28,7 @@ from megatron_bliss.config import ModelConfig, read_saved_config
 from megatron_bliss.errors import UserError
 from megatron_bliss.mcore import checkpoint_files, checkpoints, models, parallel
 from megatron_bliss.mcore.batches import make_batch, mean_losses
-from megatron_bliss.mcore.losses import Divergence, VocabShard, token_terms_
+from megatron_bliss.mcore.losses import LogitsDivergence, VocabShard, token_terms_
 from megatron_bliss.mcore.lower_level import (
     MegatronLowerLevel,
     MegatronUpperLevel,
@@ -293,7 +293,7 @@ def losses(context: ParallelContext) -> dict[str, Any]:
             (weights * ce + kl_weights * kl).sum().backward()
             whole = torch.nn.functional.pad(plain.grad, (0, 128 - vocab_size))[:, columns]
             mine = proxy[:, columns].clone()
-            divergence = None if direction is None else Divergence(target[:, columns], direction)
+            divergence = None if direction is None else LogitsDivergence(target[:, columns], direction)
             shard = VocabShard.of(context, vocab_size)
             quiet = token_terms_(mine, labels, shard, divergence)
             assert torch.equal(mine, proxy[:, columns])  # without weights nothing is overwritten

@@ -79,3 +79,18 @@ def kl_divergence(proxy_logits: Tensor, target_logits: Tensor, direction: str = 
     proxy, target = proxy_logits.log_softmax(-1), target_logits.log_softmax(-1)
     first, second = (target, proxy) if direction == "target_proxy" else (proxy, target)
     return (first.exp() * (first - second)).sum(-1)
+
+
+def top_k_divergence(proxy_logits: Tensor, ids: Tensor, log_probs: Tensor, direction: str = "target_proxy") -> Tensor:
+    """KL per token over k + 1 outcomes: k ids, and all others together. [n] from the proxy's logits [n, vocab].
+
+    :param ids: int64 [n, k].
+    :param log_probs: the target's, float32 [n, k + 1], of the ids and, last, of all others.
+    """
+    proxy = proxy_logits.log_softmax(-1)
+    others = proxy.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
+    if ids.shape[-1] == proxy.shape[-1]:  # there are none
+        others = log_probs[:, -1:]
+    proxy = torch.cat([proxy.gather(-1, ids), others], dim=-1)
+    first, second = (log_probs, proxy) if direction == "target_proxy" else (proxy, log_probs)
+    return (first.exp() * (first - second)).sum(-1)

@@ -12,12 +12,13 @@ belong to neither distribution. Two small collectives a chunk are all that tenso
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed
 from torch import Tensor
 
+from megatron_bliss.bilevel import objective
 from megatron_bliss.bilevel.space import group_size
 from megatron_bliss.mcore.parallel import ParallelContext
 
@@ -52,13 +53,55 @@ class VocabShard:
             torch.distributed.all_reduce(tensor, op=operation, group=self.group)
         return tensor
 
+    def gather(self, tensor: Tensor) -> Tensor:
+        """All ranks' [t, n] side by side: [t, ranks · n]."""
+        size = group_size(self.group)
+        if size == 1:
+            return tensor
+        parts = [torch.empty_like(tensor) for _ in range(size)]
+        torch.distributed.all_gather(parts, tensor.contiguous(), group=self.group)
+        return torch.cat(parts, dim=-1)
+
+
+class TokenChunk(Protocol):
+    """The losses of c tokens: float32 [c] each, equal on all tensor-parallel ranks."""
+
+    cross_entropy: Tensor
+    kl: Tensor
+
+    def gradient_(self, weights: Tensor, kl_weights: Tensor | None) -> Tensor:
+        """Of Σ_t w_t CE_t + v_t KL_t with respect to this rank's logits, float32 [c, v]; once."""
+        ...
+
+
+class Divergence(Protocol):
+    """A KL term: what is known of the target at n tokens, and the direction."""
+
+    def chunk(self, logits: Tensor, labels: Tensor, shard: VocabShard, rows: slice, first: int) -> TokenChunk:
+        """:param logits: the proxy's at `rows` of the tokens, [c, v]: this rank's columns without padding.
+        :param labels: [c], counted from this rank's first column on.
+        :param first: the id of that column.
+        """
+        ...
+
+    def plain(self, logits: Tensor) -> Tensor:
+        """KL of each token by torch operations that can be differentiated twice, [n] from the proxy's logits
+        [n, vocabulary] on one tensor-parallel rank."""
+        ...
+
 
 @dataclass(frozen=True)
-class Divergence:
-    """The KL term: the target's logits [t, v], laid out as the proxy's, and its direction."""
+class LogitsDivergence:
+    """From the target's logits [t, v], laid out as the proxy's."""
 
     target_logits: Tensor
     direction: str = "target_proxy"  # KL(target ‖ proxy) | proxy_target
+
+    def chunk(self, logits: Tensor, labels: Tensor, shard: VocabShard, rows: slice, first: int) -> TokenChunk:
+        return _Chunk(logits, labels, shard, self.target_logits[rows, : logits.shape[1]], self.direction)
+
+    def plain(self, logits: Tensor) -> Tensor:
+        return objective.kl_divergence(logits, self.target_logits[:, : logits.shape[1]].float(), self.direction)
 
 
 @torch.no_grad()
@@ -83,7 +126,11 @@ def token_terms_(
     cross_entropy = torch.zeros(len(logits), device=logits.device)
     kl = torch.zeros_like(cross_entropy)
     for rows in chunks(logits):
-        chunk = _Chunk(logits[rows, :real], labels[rows] - shard.rank * width, shard, divergence, rows, real)
+        first = shard.rank * width
+        part, columns = logits[rows, :real], labels[rows] - first
+        chunk: TokenChunk = (
+            divergence.chunk(part, columns, shard, rows, first) if divergence else _Chunk(part, columns, shard)
+        )
         cross_entropy[rows], kl[rows] = chunk.cross_entropy, chunk.kl
         if weights is not None:
             logits[rows, :real] = chunk.gradient_(weights[rows], None if kl_weights is None else kl_weights[rows])
@@ -95,10 +142,15 @@ class _Chunk:
     """Some tokens: their exponentials, sums and losses. Shapes: [c, v] and [c]."""
 
     def __init__(
-        self, logits: Tensor, labels: Tensor, shard: VocabShard, divergence: Divergence | None, rows: slice, real: int
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        shard: VocabShard,
+        target_logits: Tensor | None = None,
+        direction: str | None = None,
     ) -> None:
-        self.direction = divergence.direction if divergence else None
-        models = [logits] if divergence is None else [logits, divergence.target_logits[rows, :real]]
+        self.direction, real = direction, logits.shape[1]
+        models = [logits] if target_logits is None else [logits, target_logits]
         if real:
             largest = torch.stack([part.amax(-1).float() for part in models])
         else:  # a rank that holds nothing but padding

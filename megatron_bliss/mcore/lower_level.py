@@ -18,8 +18,9 @@ from megatron_bliss.bilevel.space import ParameterSpace, Vector, group_sum_
 from megatron_bliss.mcore import models
 from megatron_bliss.mcore.batches import Batch, mean_losses
 from megatron_bliss.mcore.gauss_newton import gauss_newton_
-from megatron_bliss.mcore.losses import Divergence, VocabShard, token_terms_
+from megatron_bliss.mcore.losses import Divergence, LogitsDivergence, VocabShard, token_terms_
 from megatron_bliss.mcore.parallel import ParallelContext
+from megatron_bliss.mcore.top_k import TopK, TopKDivergence
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,20 +29,28 @@ class MicroBatch:
 
     batch: Batch
     num_tokens: Tensor  # predicted tokens of the global batch, float32 scalar
+    target: TopK | None = None  # of its labelled tokens, where the target itself is not here
 
 
-def micro_batches(batches: Sequence[Batch], context: ParallelContext) -> list[MicroBatch]:
-    """This rank's part of a global batch, with what has to be known of all of it: one small collective."""
+def micro_batches(
+    batches: Sequence[Batch], context: ParallelContext, target: Sequence[TopK] | None = None
+) -> list[MicroBatch]:
+    """This rank's part of a global batch, with what has to be known of all of it: one small collective.
+
+    :param target: for each of `batches`, what is known of the target at its labelled tokens.
+    """
     count = torch.stack([batch.loss_mask.sum() for batch in batches]).sum()
     group_sum_(count, context.dp_group)
-    return [MicroBatch(batch, count.clamp_min(1)) for batch in batches]
+    known: Sequence[TopK | None] = target or [None] * len(batches)
+    return [MicroBatch(batch, count.clamp_min(1), part) for batch, part in zip(batches, known, strict=True)]
 
 
 class MegatronLowerLevel:
     """Proxy and frozen target.
 
     :param space: of the proxy.
-    :param target: None without a KL term; then nothing of the target is ever computed.
+    :param target: None without a KL term, or where batches say what is known of the target; then nothing of it is
+        computed here.
     :param shard: this rank's columns of the vocabulary.
     :param gamma: weight of the KL term.
     :param kl_direction: `target_proxy` or `proxy_target`.
@@ -81,7 +90,8 @@ class MegatronLowerLevel:
     ) -> tuple[LowerTerms, Tensor]:
         """See `LowerLevel`. Memory: as `add_gradient`, and the tangent."""
         token_weights, kl_weights = self._weights(batch, weights)
-        total = token_weights if self.target is None else token_weights + kl_weights
+        has_kl = self.target is not None or batch.target is not None
+        total = token_weights + kl_weights if has_kl else token_weights
         logits = models.logits(self.proxy, batch.batch)
         along = gauss_newton_(logits.detach(), tangent, labelled(batch.batch.labels, batch.batch), self.shard, total)
         tangent = tangent.to(logits.dtype)
@@ -100,8 +110,7 @@ class MegatronLowerLevel:
         logits = models.logits(self.proxy, batch.batch)[:, :real].float()
         value = (token_weights * objective.cross_entropy(logits, token_labels)).sum()
         if (divergence := self._divergence(batch)) is not None:
-            target = divergence.target_logits[:, :real].float()
-            value = value + (kl_weights * objective.kl_divergence(logits, target, self.kl_direction)).sum()
+            value = value + (kl_weights * divergence.plain(logits)).sum()
         return value
 
     def add_validation_gradient(self, batch: MicroBatch, gradient: Vector) -> Tensor:
@@ -146,13 +155,15 @@ class MegatronLowerLevel:
     def _divergence(self, batch: MicroBatch) -> Divergence | None:
         """The target's logits are kept for the latest micro-batch: one forward pass where the loop goes through all
         its passes over a micro-batch at once, and memory that does not grow with their number."""
+        if self.gamma and batch.target is not None:
+            return TopKDivergence(batch.target, self.kl_direction)
         if self.target is None or self.gamma == 0:
             return None
         if self._target_logits is None or self._target_logits[0] is not batch:
             self._target_logits = None  # before the next are made
             with torch.no_grad():
                 self._target_logits = (batch, models.logits(self.target, batch.batch))
-        return Divergence(self._target_logits[1], self.kl_direction)
+        return LogitsDivergence(self._target_logits[1], self.kl_direction)
 
 
 class MegatronUpperLevel:
