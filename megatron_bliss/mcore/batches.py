@@ -35,15 +35,19 @@ def make_batch(
     :param multiple: s is a multiple of it (`ParallelContext.length_multiple`).
     :param loss_masks: for each sequence [length], whether its tokens are to be predicted; None: all but the first.
     """
-    lengths = np.array([max(len(sequence) - 1, 0) for sequence in sequences], dtype=np.int64)
+    num_tokens = np.fromiter(map(len, sequences), dtype=np.int64, count=len(sequences))
+    lengths = np.maximum(num_tokens - 1, 0)
     width = padded_length(int(lengths.max(initial=1)), multiple)
-    tokens = np.zeros((len(sequences), width), dtype=np.int64)
-    labels = np.zeros((len(sequences), width), dtype=np.int64)
-    mask = np.zeros((len(sequences), width), dtype=np.float32)
-    for row, (sequence, length) in enumerate(zip(sequences, lengths.tolist(), strict=True)):
-        tokens[row, :length] = sequence[:length]
-        labels[row, :length] = sequence[1 : length + 1]
-        mask[row, :length] = 1 if loss_masks is None else loss_masks[row][1 : length + 1]
+    place = np.arange(width + 1)
+    is_token, is_real = place < num_tokens[:, None], place[:-1] < lengths[:, None]
+    padded = np.zeros((len(sequences), width + 1), dtype=np.int64)
+    padded[is_token] = np.concatenate(sequences)
+    tokens, labels = padded[:, :-1] * is_real, padded[:, 1:].copy()
+    mask = is_real.astype(np.float32)
+    if loss_masks is not None:
+        is_predicted = np.zeros((len(sequences), width + 1), dtype=np.float32)
+        is_predicted[is_token] = np.concatenate(loss_masks)
+        mask *= is_predicted[:, 1:]
     arrays = [torch.from_numpy(array).to(device, non_blocking=True) for array in (tokens, labels, mask, lengths)]
     # found on the host: a device would have to be waited for
     labelled = None if mask.all() else torch.from_numpy(np.flatnonzero(mask.T)).to(device, non_blocking=True)
