@@ -79,6 +79,9 @@ class RunPaths:
     def bilevel(self, number: int) -> Path:
         return self.round(number) / "bilevel"
 
+    def target_cache(self, number: int) -> Path:
+        return self.round(number) / "target-cache"
+
     def scores(self, number: int) -> Path:
         return self.round(number) / "scores"
 

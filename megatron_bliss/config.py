@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megatron_bliss.artifacts import RunPaths, atomic_write
 from megatron_bliss.errors import UserError
-from megatron_bliss.settings_check import check
+from megatron_bliss.settings_check import check, check_given
 
 
 @dataclass
@@ -123,6 +123,8 @@ class BilevelConfig:
     lr_warmup_fraction: float = 0.1  # then cosine, to zero
     gamma: float = 1e-2  # weight of the KL term; 0 turns it off
     kl_direction: str = "target_proxy"  # KL(target ‖ proxy), as the authors compute it | proxy_target
+    kl_source: str = "live"  # live: the target runs in the loop | cached: a stage of its own writes what it says before
+    kl_top_k: int = 64  # ids of each token that a cached target is known at; the rest is one outcome
     lambda_: float = 1e-6  # weight of ‖θ_p‖²
     weights: str = "softmax"  # softmax of the scores over the batch | naive: score / batch size
     restart_score: bool = False  # a fresh score model in each round
@@ -266,6 +268,7 @@ def load_config(path: Path | None, overrides: list[str]) -> RunConfig:
             raise UserError(f"{word!r} is not a setting: write key=value, for example bilevel.gamma=0")
     try:
         given = OmegaConf.merge(given, OmegaConf.from_dotlist(overrides))
+        check_given(given)
         preset = str(OmegaConf.select(given, "bilevel.preset") or "default")
         settings = OmegaConf.create({"bilevel": BILEVEL_PRESETS.get(preset, {})})
         if any(OmegaConf.select(given, f"selection.{size}") is not None for size in ("tokens", "threshold")):

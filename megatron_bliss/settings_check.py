@@ -18,6 +18,7 @@ _CHOICES = {
     "method": METHODS,
     "bilevel.preset": ("default", "paper"),
     "bilevel.kl_direction": ("target_proxy", "proxy_target"),
+    "bilevel.kl_source": ("live", "cached"),
     "bilevel.weights": ("softmax", "naive"),
     "bilevel.curvature": ("none", "finite-difference", "gauss-newton", "exact"),
     "bilevel.solver": ("averaged", "conjugate-gradient", "paper"),
@@ -46,6 +47,7 @@ _POSITIVE = (
     "bilevel.validation_batch_size",
     "bilevel.micro_batch_size",
     "bilevel.z_steps",
+    "bilevel.kl_top_k",
     "bilevel.checkpoint_interval",
     "scoring.batch_tokens",
     "scoring.chunk_sequences",
@@ -70,6 +72,19 @@ _RULES: tuple[_Rule, ...] = (
 )
 
 
+def check_given(given: Any) -> None:
+    """:param given: what a user wrote, before anything is known to be a setting.
+    :raises UserError: for a layout that proxy and score model cannot have.
+    """
+    for key in ("proxy.pipeline_parallel", "proxy.context_parallel"):
+        if OmegaConf.select(given, key) not in (None, 1):
+            raise UserError(
+                f"{key} is {OmegaConf.select(given, key)}: proxy and score model run in one tensor-parallel group "
+                "(proxy.tensor_parallel); for a pipelined target set target.pipeline_parallel and "
+                "bilevel.kl_source=cached"
+            )
+
+
 def check(settings: Any) -> None:
     """:param settings: a `RunConfig` as OmegaConf holds it.
     :raises UserError: naming the first setting that cannot work.
@@ -90,6 +105,11 @@ def check(settings: Any) -> None:
             "bilevel.solver=conjugate-gradient needs a positive semi-definite curvature; set "
             f"bilevel.curvature=gauss-newton instead of {settings.bilevel.curvature}, or bilevel.solver=averaged"
         )
+    vocab_size = settings.data.tokenizer.vocab_size
+    if settings.bilevel.kl_source == "cached" and settings.bilevel.kl_top_k > vocab_size:
+        raise UserError(
+            f"bilevel.kl_top_k is {settings.bilevel.kl_top_k}; it must be at most data.tokenizer.vocab_size, {vocab_size}"
+        )
     _check_pool(settings.data.pool)
     _check_controls(settings)
     check_selection(settings.selection, [domain.name for domain in settings.data.pool])
@@ -104,7 +124,7 @@ def check_selection(selection: Any, domains: list[str]) -> None:
     """:param selection: a `SelectionConfig`.
     :raises UserError: naming the first setting that cannot work.
     """
-    sizes = [name for name in ("fraction", "tokens", "threshold") if selection[name] is not None]
+    sizes = [name for name in ("fraction", "tokens", "threshold") if getattr(selection, name) is not None]
     if len(sizes) != 1:
         given = " and ".join(f"selection.{name}" for name in sizes) or "nothing"
         raise UserError(f"{given} says how much is kept; give one of selection.fraction, .tokens and .threshold")
@@ -128,7 +148,7 @@ def check_selection(selection: Any, domains: list[str]) -> None:
     ]
     for name, holds, rule in rules:
         if not holds:
-            raise UserError(f"selection.{name} is {selection[name]}; it {rule}")
+            raise UserError(f"selection.{name} is {getattr(selection, name)}; it {rule}")
     _check_quotas(selection, domains)
 
 

@@ -110,7 +110,8 @@ def load_backbone(directory: Path, score_model: torch.nn.Module) -> None:
 
 
 def load_target(directory: Path, context: ParallelContext, model: ModelConfig, vocab_size: int) -> GPTModel:
-    """The LLM as `pretrain()` saved it at any tensor- and pipeline-parallel size: frozen, in eval mode.
+    """The LLM as `pretrain()` saved it at any tensor- and pipeline-parallel size, or this rank's pipeline stage of it:
+    frozen, in eval mode.
 
     :param directory: where pretrain() saves, or one of its iter_… directories.
     :param vocab_size: of the tokenizer, before padding.
@@ -224,13 +225,19 @@ def check_arguments(arguments: Any, model: ModelConfig, vocab_size: int, path: P
             )
 
 
+_FIRST_STAGE = {"embedding"}  # modules that only this pipeline stage has
+_LAST_STAGE = {"final_layernorm", "output_layer"}
+
+
 def check_parameters(stored: Iterable[str], model: torch.nn.Module, path: Path) -> None:
     """:param stored: names of all tensors in the checkpoint `path`.
 
     :raises UserError: if some are parameters that the model has not got.
     """
     known = {place.key for place in model.sharded_state_dict().values()}  # type: ignore[operator]
-    more = sorted(name for name in stored if "optimizer" not in name.split(".") and name not in known)
+    others = {"optimizer"}
+    others |= (set() if model.pre_process else _FIRST_STAGE) | (set() if model.post_process else _LAST_STAGE)
+    more = sorted(name for name in stored if others.isdisjoint(name.split(".")) and name not in known)
     if more:
         raise UserError(
             f"checkpoint {path} has parameters that the model of target.model lacks ({', '.join(more[:3])}); change "

@@ -22,7 +22,7 @@ from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
 )
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from torch import Tensor
 
 from megatron_bliss.config import ModelConfig
@@ -52,7 +52,8 @@ def build_language_model(
     recompute: bool = False,
     plain_kernels: bool = False,
 ) -> GPTModel:
-    """A randomly initialised GPTModel on this rank's device; the same weights at every tensor-parallel size.
+    """A randomly initialised GPTModel, or this rank's pipeline stage of one, on this rank's device; the same weights
+    at every tensor-parallel size.
 
     Parameters are float32, or bfloat16 where `model.bf16` says so (masters: `space.MegatronSpace`).
 
@@ -85,6 +86,8 @@ def gpt_arguments(
         "config": config,
         "transformer_layer_spec": layer_spec(config, kernels),
         "parallel_output": True,
+        "pre_process": context.pp_rank == 0,
+        "post_process": context.is_last_stage,
         **architecture.gpt_model_kwargs(vocab_size),
     }
 
@@ -105,6 +108,8 @@ def transformer_config(
         "bias_activation_fusion": kernels.fused_activation and (architecture.bias or architecture.activation != "gelu"),
         "gradient_accumulation_fusion": False,
         "persist_layer_norm": kernels.apex_norm,
+        "pipeline_model_parallel_size": context.pp_size,
+        "pipeline_dtype": torch.bfloat16 if bf16 else torch.float32,
     }
     if recompute:
         kwargs |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -123,7 +128,7 @@ def layer_spec(config: TransformerConfig, kernels: Kernels) -> Any:
     else:
         norm = torch_norm
     layer.submodules = replace(layer.submodules, input_layernorm=norm, pre_mlp_layernorm=norm)
-    return TransformerBlockSubmodules(layer_specs=[layer] * config.num_layers, layer_norm=norm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=norm)
 
 
 def torch_norm(config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> torch.nn.Module:
@@ -154,6 +159,7 @@ def logits(model: GPTModel, batch: Batch) -> Tensor:
     """This rank's part of the vocabulary where the batch has labels: [n, padded vocabulary / tp], in the model's dtype.
 
     The output layer, the largest of a small model, runs for nothing else. Rows are in the order of `batch.labelled`.
+    Of a pipeline stage that is not the last: the hidden states it passes on.
     """
 
     def processor(hidden_states: Tensor, output_layer: Any, **_: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""Process groups of side processes (bilevel, scoring, evaluation): tensor × data parallel, no pipeline."""
+"""Process groups of side processes: tensor × data parallel; × pipeline where a target only answers (cache-target)."""
 
 import atexit
 import os
@@ -28,11 +28,18 @@ class ParallelContext:
     dp_size: int
     device: torch.device
     sequence_parallel: bool
+    pp_rank: int = 0
+    pp_size: int = 1
 
     @property
     def is_first(self) -> bool:
         """Whether this is the rank that prints and writes what is written once."""
-        return self.tp_rank == 0 and self.dp_rank == 0
+        return self.tp_rank == 0 and self.dp_rank == 0 and self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank has the end of the model."""
+        return self.pp_rank == self.pp_size - 1
 
     @property
     def length_multiple(self) -> int:
@@ -40,19 +47,21 @@ class ParallelContext:
         return self.tp_size if self.sequence_parallel else 1
 
 
-def initialize(tensor_parallel: int, sequence_parallel: bool, seed: int) -> ParallelContext:
-    """Join the job that torchrun described, or be one on our own, with `tensor_parallel` ranks a model.
+def initialize(tensor_parallel: int, sequence_parallel: bool, seed: int, pipeline_parallel: int = 1) -> ParallelContext:
+    """Join the job that torchrun described, or be one on our own, with `tensor_parallel` × `pipeline_parallel` ranks a
+    model.
 
     A second call in a process changes the layout.
 
-    :raises UserError: if the number of processes is not a multiple of `tensor_parallel`.
+    :raises UserError: if the number of processes is not a multiple of the ranks of a model.
     """
     platform.install()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size % tensor_parallel:
+    if world_size % (tensor_parallel * pipeline_parallel):
+        pipeline = f" × pipeline_parallel = {pipeline_parallel}" if pipeline_parallel > 1 else ""
         raise UserError(
-            f"{world_size} processes cannot be divided into groups of tensor_parallel = {tensor_parallel}; start a "
-            "multiple of it (launch.nproc_per_node) or lower tensor_parallel"
+            f"{world_size} processes cannot be divided into groups of tensor_parallel = {tensor_parallel}{pipeline}; "
+            "start a multiple of it (launch.nproc_per_node) or lower tensor_parallel"
         )
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -65,7 +74,9 @@ def initialize(tensor_parallel: int, sequence_parallel: bool, seed: int) -> Para
         atexit.register(shutdown)
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor_parallel)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor_parallel, pipeline_model_parallel_size=pipeline_parallel
+    )
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
     return ParallelContext(
@@ -77,6 +88,8 @@ def initialize(tensor_parallel: int, sequence_parallel: bool, seed: int) -> Para
         dp_size=parallel_state.get_data_parallel_world_size(),
         device=platform.device(),
         sequence_parallel=sequence_parallel and tensor_parallel > 1,
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pp_size=pipeline_parallel,
     )
 
 
