@@ -326,6 +326,7 @@ class ScoreFiles:
         self._manifest = read_json(_manifest_path(self.directory), SCHEMA)
         self.method: str = self._manifest["method"]
         self.model_digest: str = self._manifest["model_digest"]
+        self.tokenizer: dict[str, Any] | None = self._manifest.get("tokenizer")
 
     @property
     def digest(self) -> str:

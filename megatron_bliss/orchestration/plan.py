@@ -175,6 +175,9 @@ def _round(arm: Arm, number: int, earlier: set[str]) -> list[Stage]:
         stages.append(_stage(arm, "score", needs=needs, inputs=inputs, output=scores, round_number=number))
         select_needs.append(arm.stage_name("score", number))
         select_inputs.append(scores)
+    if arm.config.selection.pool == "all":  # what those before have taken is left out
+        select_needs.append(arm.stage_name("select", number - 1) if number > 1 else "warmup-select")
+        select_inputs += [arm.warmup.warmup_selection, *map(paths.selection, range(1, number))]
     selection, trained = paths.selection(number), arm.target_checkpoint(number)
     stages += [
         _stage(

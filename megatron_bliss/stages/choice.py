@@ -107,6 +107,11 @@ class Chosen:
     repeated_tokens: int  # of what is kept: tokens that earlier rounds had taken
 
 
+def every_sequence(record: ShardRecord, span: tuple[int, int]) -> np.ndarray:
+    """`wanted` where there are no slices: int32 ids."""
+    return np.arange(*span, dtype=np.int32)
+
+
 def choose(choice: Choice, directory: Path | None) -> Chosen:
     """Select, and write the selection unless `directory` is None.
 

@@ -64,7 +64,7 @@ def round_choice(paths: RunPaths, config: RunConfig, round_number: int | None) -
         settings = replace(settings, temperature=0.0)  # a random draw is one already
     else:
         files = ScoreFiles(paths.scores(number))
-        _check_method(files, method)
+        _check_scores(files, method, config)
     ledger = _ledger(paths, config, number)
     return Choice(
         stage="warmup-select" if round_number is None else "select",
@@ -94,12 +94,14 @@ def _sources(inventory: Inventory, files: ScoreFiles | None, ledger: Ledger) -> 
     return sources
 
 
-def _check_method(files: ScoreFiles, method: OfflineMethod) -> None:
+def _check_scores(files: ScoreFiles, method: OfflineMethod, config: RunConfig) -> None:
+    remedy = "remove the directory and run the score stage again"
     if files.method != method.name:
         raise UserError(
-            f"{files.directory} holds scores of {files.method!r}, this run selects by {method.name!r}; "
-            "remove the directory and run the score stage again"
+            f"{files.directory} holds scores of {files.method!r}, this run selects by {method.name!r}; {remedy}"
         )
+    if files.tokenizer is not None and files.tokenizer != tokenizer_facts(config.data.tokenizer):
+        raise UserError(f"{files.directory} holds scores made with another tokenizer than data.tokenizer; {remedy}")
 
 
 def warmup_settings(config: RunConfig) -> SelectionConfig:
