@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from megatron_bliss.errors import StageError, user_errors
+from megatron_bliss.errors import StageError, UserError, user_errors
 
 app = typer.Typer(
     help="Data selection for LLM pretraining on Megatron-Core: BLISS rounds over binary token shards.",
@@ -98,6 +98,45 @@ def explain(
     look.show(run_dir, name, as_json)
 
 
+@app.command(rich_help_panel=_LOOK)
+def inspect(
+    run_dir: RunArgument,
+    number: Annotated[
+        int | None, typer.Option("--round", min=0, help="Number of the round, 0 for the warm-up; the last by default.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=0, help="Sequences shown of each kind.")] = 3,
+    as_json: JsonOption = False,
+) -> None:
+    """A round's selection: sizes, scores, domains, lengths, other rounds, and its best, borderline and worst."""
+    from megatron_bliss.inspection import tables as look
+
+    look.show(run_dir, number, samples, as_json)
+
+
+@app.command(rich_help_panel=_LOOK)
+def export(
+    path: Annotated[Path, typer.Argument(metavar="OUT.parquet", help="File to write.")],
+    run_dir: RunOption,
+    number: RoundOption,
+) -> None:
+    """A round's candidates with scores, and whether they are kept, as a parquet file."""
+    from megatron_bliss.inspection import exchange
+
+    exchange.export(run_dir, number, path)
+
+
+@app.command("import", rich_help_panel=_LOOK)
+def import_selection(
+    path: Annotated[Path, typer.Argument(metavar="IN.parquet", help="Has columns shard and id, perhaps kept.")],
+    run_dir: RunOption,
+    directory: Annotated[Path, typer.Option("--out", help="The selection directory to make.")],
+) -> None:
+    """A selection of the run's shards from a parquet file, for `python -m megatron_bliss.hooks --selection`."""
+    from megatron_bliss.inspection import exchange
+
+    exchange.import_selection(run_dir, path, directory)
+
+
 @app.command(rich_help_panel=_STAGES)
 def inventory(run_dir: RunOption) -> None:
     """Check and hash every shard."""
@@ -147,11 +186,35 @@ def score(run_dir: RunOption, number: RoundOption) -> None:
 
 
 @app.command(rich_help_panel=_STAGES)
-def select(run_dir: RunOption, number: RoundOption) -> None:
-    """Keep the best part of the round's slice."""
+def select(
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="With --scores: settings, as fraction=0.1.")
+    ] = None,
+    run_dir: Annotated[Path | None, typer.Option("--run", help="Directory of the run.")] = None,
+    number: Annotated[int | None, typer.Option("--round", min=1, help="Number of the round, from 1.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would be kept, by domain.")] = False,
+    scores: Annotated[Path | None, typer.Option(help="Scores that tools/score_shards.py wrote, without a run.")] = None,
+    output: Annotated[Path | None, typer.Option(help="With --scores: directory for the selection.")] = None,
+    earlier: Annotated[
+        list[Path] | None, typer.Option(help="With --scores: a selection whose sequences are taken; may be repeated.")
+    ] = None,
+) -> None:
+    """Keep the best part of a round's candidates, or of scored shards."""
     from megatron_bliss.stages import select as stage
+    from megatron_bliss.stages import select_scores
 
-    stage.run(run_dir, number)
+    if scores is not None:
+        if run_dir or number:
+            raise UserError(f"--scores {scores} goes without --run and --round; leave out one or the other")
+        select_scores.run(scores, output, overrides or [], earlier or [], dry_run)
+        return
+    if run_dir is None or number is None:
+        raise UserError("select needs --run DIR and --round N, or --scores DIR and --output DIR")
+    if overrides or output or earlier:
+        raise UserError(
+            f"the settings of {run_dir} are those of its run.yaml; settings and paths go with --scores only"
+        )
+    stage.run(run_dir, number, dry_run)
 
 
 @app.command(rich_help_panel=_STAGES)

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_bliss.data.shards import ShardRecord, verify_shard
-from megatron_bliss.data.slices import HELD_OUT, slice_numbers
+from megatron_bliss.data.slices import HELD_OUT
 from megatron_bliss.data.training_order import TrainingOrder
 from megatron_bliss.errors import UserError
 from megatron_bliss.inspection.rounds import Round, Run
@@ -38,15 +38,14 @@ def show(run_dir: Path, name: str, as_json: bool) -> None:
 def explain(run: Run, name: str) -> dict[str, Any]:
     """:param name: SHARD:ID, with the shard's name in the inventory or its prefix."""
     record, sequence_id = _find(run, name)
-    shard = verify_shard(record)
-    slicing = run.slicing
-    numbers = slice_numbers(record, slicing.seed, slicing.num_slices, slicing.held_out_share(record.domain))
-    number = int(numbers[sequence_id])
-    length = int(shard.sequence_lengths[sequence_id])
+    number = run.slice_of(record, sequence_id)
+    length = int(verify_shard(record).sequence_lengths[sequence_id])
     rounds = [
-        _round(one, record, sequence_id, length, number)
+        _round(one, record, sequence_id, length)
         for one in map(run.round, range(run.config.rounds + 1))
-        if one.number == number or (one.is_selected and _is_kept(one, record, sequence_id))
+        if one.number == number
+        or (run.slicing.is_shared and one.number and number != HELD_OUT)
+        or (one.is_selected and _is_kept(one, record, sequence_id))
     ]
     return {
         "schema": 1,
@@ -81,48 +80,70 @@ def _is_kept(one: Round, record: ShardRecord, sequence_id: int) -> bool:
     return bool(one.kept(record, np.array([sequence_id]))[0])
 
 
-def _round(one: Round, record: ShardRecord, sequence_id: int, length: int, number: int) -> dict[str, Any]:
-    """What became of the sequence in a round.
-
-    :param number: the sequence's slice.
-    """
+def _round(one: Round, record: ShardRecord, sequence_id: int, length: int) -> dict[str, Any]:
+    """What became of the sequence in a round."""
     facts: dict[str, Any] = {"round": one.number, "method": one.method.name, "kept": None}
-    if one.has_scores and one.number == number:
+    try:
         facts |= _standing(one, record, sequence_id)
+    except UserError as missing:  # scores, or an earlier selection
+        return facts | {"why": str(missing)}
     if not one.is_selected:
         return facts | {"why": "nothing is selected for this round yet"}
     facts["kept"] = _is_kept(one, record, sequence_id)
     facts["threshold"] = one.selection.manifest["thresholds"].get(record.domain)
-    facts["why"] = _why(facts, length)
+    facts["why"] = _why(one, facts, length)
     return facts | _training(one, record, sequence_id, length) if facts["kept"] else facts
 
 
 def _standing(one: Round, record: ShardRecord, sequence_id: int) -> dict[str, Any]:
-    """Score, rank (1 is the best; equal ones by shard digest and id) and the share of the slice that is below it."""
-    candidates = sorted(one.candidates(), key=lambda part: part[0].digest)
-    [own] = [scores[ids == sequence_id][0] for other, ids, scores in candidates if other is record]
+    """Score, and rank (1 is the best) and percentile (the share of candidates with lower scores) by what is compared;
+    nothing if the sequence is no candidate."""
+    own = one.candidate(record, sequence_id)
+    if not len(own.ids):
+        return {}
+    score, uses = own.scores[0], 0 if own.uses is None else int(own.uses[0])
     rank, below, total = 1, 0, 0
-    for other, ids, scores in candidates:
-        ties_before = len(ids) if other.digest < record.digest else 0
-        if other is record:
-            ties_before = int(np.searchsorted(ids, sequence_id))
-        rank += int((scores > own).sum()) + int((scores[:ties_before] == own).sum())
-        below += int((scores < own).sum())
-        total += len(ids)
-    return {"score": float(own), "rank": rank, "of": total, "percentile": 100 * below / total}
+    for other, chunk in one.chunks():
+        is_before = chunk.scores > score
+        if other.digest < record.digest or other.name == record.name:  # goes before if equal
+            is_before |= (chunk.scores == score) & ((other.name != record.name) | (chunk.ids < sequence_id))
+        if chunk.uses is not None:
+            is_before = (chunk.uses < uses) | ((chunk.uses == uses) & is_before)
+        rank += int(is_before.sum())
+        below += int((chunk.scores < score).sum())
+        total += len(chunk.ids)
+    given = one.choice.scores(record, own.ids)[0]
+    return {
+        "score": float(given),
+        "compared": float(score),
+        "uses": uses,
+        "rank": rank,
+        "of": total,
+        "percentile": 100 * below / total,
+    }
 
 
-def _why(facts: dict[str, Any], length: int) -> str:
-    score, threshold = facts.get("score"), facts["threshold"]
+def _why(one: Round, facts: dict[str, Any], length: int) -> str:
     if facts["kept"]:
-        return "it is among the best of the slice" if facts["method"] != "random" else "it was drawn"
+        return "it was drawn" if facts["method"] == "random" else "it is among the best"
+    settings = one.choice.settings
+    if "rank" not in facts:
+        if length < settings.min_length:
+            return f"it is shorter than selection.min_length={settings.min_length}"
+        if settings.max_length is not None and length > settings.max_length:
+            return f"it is longer than selection.max_length={settings.max_length}"
+        return "it is no candidate of the round"
+    if facts["uses"] >= settings.max_repeats:
+        return f"{facts['uses']} earlier rounds took it, and selection.max_repeats is {settings.max_repeats}"
     if length < 2:
         return "it has fewer than two tokens: there is nothing to predict, so it comes last"
-    if threshold is None or score is None:
-        return "nothing of its domain is kept" if threshold is None else "it is not among what is kept"
-    if score < threshold:
-        return "its score is below the threshold"
-    return "its score is the threshold's, and the tokens were used up by equal ones before it"
+    if facts["threshold"] is None:
+        return "nothing of its domain is kept"
+    if facts["compared"] < facts["threshold"]:
+        return f"its score is below the threshold, {facts['threshold']:.6g}"
+    if facts["uses"]:
+        return "earlier rounds took it, and sequences that none had taken came first"
+    return f"its score is the threshold's, {facts['threshold']:.6g}, and equal ones before it used up the tokens"
 
 
 def _training(one: Round, record: ShardRecord, sequence_id: int, length: int) -> dict[str, Any]:

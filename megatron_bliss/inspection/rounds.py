@@ -1,5 +1,6 @@
 """A run and its rounds as they lie on disk, opened for looking at: records, slices, scores, selections, text."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -8,18 +9,20 @@ import numpy as np
 
 from megatron_bliss.artifacts import RunPaths
 from megatron_bliss.config import RunConfig, read_saved_config, warmup_run
+from megatron_bliss.data.candidates import ShardCandidates
 from megatron_bliss.data.inventory import Inventory
-from megatron_bliss.data.scores import ScoreFiles
 from megatron_bliss.data.selection import Selection
 from megatron_bliss.data.shards import Shard, ShardRecord
-from megatron_bliss.data.slices import Slicing
+from megatron_bliss.data.slices import HELD_OUT, Slicing, slice_numbers
 from megatron_bliss.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_bliss.data.topk import CHUNK, Chunk
 from megatron_bliss.errors import UserError
 from megatron_bliss.methods import offline_method
 from megatron_bliss.methods.offline import OfflineMethod
 from megatron_bliss.methods.random import Random
+from megatron_bliss.stages.choice import Choice
 from megatron_bliss.stages.inventory import run_inventory
-from megatron_bliss.stages.select import selection_seed
+from megatron_bliss.stages.select import round_choice
 
 _DECODED = ("SentencePieceTokenizer", "HuggingFaceTokenizer")  # of Megatron's tokenizer types
 
@@ -59,6 +62,16 @@ class Run:
             return None
         return load_tokenizer(settings.model)
 
+    def slice_of(self, record: ShardRecord, sequence_id: int) -> int:
+        """Slice of a sequence; HELD_OUT for none."""
+        slicing, span = self.slicing, (sequence_id, sequence_id + 1)
+        share = slicing.held_out_share(record.domain)
+        return int(slice_numbers(record, slicing.seed, slicing.num_slices, share, span)[0])
+
+    def num_held_out(self, record: ShardRecord, ids: np.ndarray) -> int:
+        """How many of some sequences of a shard are held out of every slice."""
+        return int(np.isin(ids, self.slicing.ids(record, HELD_OUT), assume_unique=True).sum())
+
     def text(self, record: ShardRecord, sequence_id: int) -> str:
         """A sequence as text, or its ids where the tokenizer cannot be read."""
         tokens = Shard(record.prefix)[sequence_id].tolist()
@@ -91,30 +104,26 @@ class Round:
     def method(self) -> OfflineMethod:
         return offline_method(self.run.config) if self.number else Random()
 
-    @property
-    def has_scores(self) -> bool:
-        """Whether its scores can be read or, where no model makes them, drawn."""
-        return self.method.scored_by == "none" or (self.home.scores(self.number) / "manifest.json").exists()
+    @cached_property
+    def choice(self) -> Choice:
+        """:raises UserError: if scores or an earlier selection that it needs are missing."""
+        return round_choice(self.home, read_saved_config(self.home.config), self.number or None)
 
     @cached_property
-    def score_files(self) -> ScoreFiles | None:
-        """:raises UserError: if they are missing or unfinished."""
-        return None if self.method.scored_by == "none" else ScoreFiles(self.home.scores(self.number))
+    def _candidates(self) -> list[ShardCandidates]:
+        return self.choice.candidates()
 
-    def raw_scores(self, record: ShardRecord, ids: np.ndarray) -> np.ndarray:
-        """What the score files hold of a shard's sequences: float32 [len(ids)]."""
-        if self.score_files is not None:
-            return self.score_files.read(record, ids)
-        seed = selection_seed(self.run.config, self.home, self.number or None)
-        return self.method.score_without_model(record, ids, seed)
+    def chunks(self) -> Iterator[tuple[ShardRecord, Chunk]]:
+        """All candidates of the round, shard by shard, with their scores as they are compared."""
+        for candidates in self._candidates:
+            for start in range(0, candidates.num_sequences, CHUNK):
+                chunk = candidates.read(start, min(start + CHUNK, candidates.num_sequences))
+                yield candidates.record, chunk
 
-    def candidates(self) -> list[tuple[ShardRecord, np.ndarray, np.ndarray]]:
-        """Every shard of the pool with the ids of the round's slice and their scores as they are compared: int32 and
-        float32 [n]."""
-        records, slicing = self.run.inventory.pool, self.run.slicing
-        ids = [slicing.ids(record, self.number) for record in records]
-        scores = self.method.finish([self.raw_scores(record, own) for record, own in zip(records, ids, strict=True)])
-        return list(zip(records, ids, scores, strict=True))
+    def candidate(self, record: ShardRecord, sequence_id: int) -> Chunk:
+        """One of them; empty if the sequence is none."""
+        [candidates] = [each for each in self._candidates if each.record.name == record.name]
+        return candidates.read(sequence_id, sequence_id + 1)
 
     def kept(self, record: ShardRecord, ids: np.ndarray) -> np.ndarray:
         """Which of a shard's ascending ids are kept: bool [len(ids)]."""
