@@ -16,7 +16,7 @@ from megatron_bliss.data.inventory import Inventory
 from megatron_bliss.errors import UserError
 from megatron_bliss.mcore import checkpoints, parallel
 from megatron_bliss.mcore.score_model import build_score_model
-from megatron_bliss.stages import score, score_shards
+from megatron_bliss.stages import score, score_shards, select
 from tests.side_models import edit_config, read_scores, save_score_model
 
 
@@ -50,6 +50,11 @@ def one_rank(rank: int, folder: Path) -> dict[str, Any]:
     results["bf16"] = read_scores(run)
     results["threads"] = [thread.name for thread in threading.enumerate() if thread.name == "read-ahead"]
     results["refused"] = _refused(folder)
+    context, config = parallel.initialize(1, False, seed=9), read_saved_config(RunPaths(run).config)
+    select.run(run, 1)
+    other = build_score_model(config.proxy.model, config.data.tokenizer.vocab_size, context)
+    checkpoints.save(RunPaths(run).bilevel(1), 2, {checkpoints.SCORE: other}, {}, {})
+    results["refused"]["model"] = refusal(select.run, run, 1)
     return results
 
 

@@ -110,11 +110,12 @@ def test_bad_input_is_refused(one: dict[str, Any]) -> None:
     assert one["refused"]["left"] == ""
     assert "walk is not the one this run was started with (its digest changed)" in one["refused"]["changed shard"]
     assert "one of the two was truncated or replaced" in one["refused"]["truncated shard"]
+    assert re.search(r"scores holds scores of another model than \S+iter_0000002", one["refused"]["model"])
 
 
 def test_the_tool_under_torchrun_and_its_exit_codes(folder: Path, one: dict[str, Any], tmp_path: Path) -> None:
-    words = ["--shards", folder / "walk.bin", folder / "walk.idx", "--out", tmp_path / "out", "--run", folder / "run"]
-    words += ["--round", "1", "--set", "scoring.bf16=false"]
+    words = ["--shards", folder / "walk.bin", folder / "walk.idx", "--out", tmp_path / "out", "--run", folder / "two"]
+    words += ["--round", "1"]
     log = launch.run("tools.score_shards", words, tmp_path / "log", num_ranks=2)
     assert "[score] done: 600 sequences" in log
     np.testing.assert_array_equal(np.load(tmp_path / "out" / "walk.npy"), one["tool: scores"]["walk"])

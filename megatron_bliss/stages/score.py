@@ -10,14 +10,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_bliss.artifacts import RunPaths, digest_file, digest_tree
-from megatron_bliss.config import RunConfig, TokenizerConfig, read_saved_config
+from megatron_bliss.artifacts import RunPaths, digest_tree
+from megatron_bliss.config import RunConfig, read_saved_config
 from megatron_bliss.data.scores import Chunk, ScoreWriter, chunk_of
 from megatron_bliss.data.shards import Shard, ShardRecord, verify_shard
 from megatron_bliss.data.slices import Slicing
@@ -31,6 +30,7 @@ from megatron_bliss.methods import offline_method
 from megatron_bliss.methods.offline import OfflineMethod
 from megatron_bliss.progress import Progress
 from megatron_bliss.stages.inventory import run_inventory
+from megatron_bliss.stages.select import tokenizer_facts
 from megatron_bliss.stages.warmup_proxy import proxy_directory
 
 _POLL_INTERVAL = 5.0  # seconds, at most, between two looks at what the other jobs do
@@ -109,22 +109,13 @@ class ScoringWork:
             seed=self.config.seed,
             chunk_sequences=scoring.chunk_sequences,
             facts={
-                "tokenizer": _tokenizer_facts(self.config.data.tokenizer),
+                "tokenizer": tokenizer_facts(self.config.data.tokenizer),
                 "sequence_length": self.config.data.sequence_length,
                 "bf16": scoring.bf16 or self.config.proxy.model.bf16,
             },
             claim_timeout=scoring.claim_timeout,
             replace=self.replace,
         )
-
-
-def _tokenizer_facts(tokenizer: TokenizerConfig) -> dict[str, Any]:
-    file = Path(tokenizer.model) if tokenizer.model else None
-    return {
-        "type": tokenizer.type,
-        "model_sha256": digest_file(file) if file and file.is_file() else None,
-        "vocab_size": tokenizer.vocab_size,
-    }
 
 
 def score(work: ScoringWork, context: ParallelContext) -> None:

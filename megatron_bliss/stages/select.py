@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from megatron_bliss.artifacts import RunPaths, digest_file
+from megatron_bliss.artifacts import RunPaths, digest_file, digest_tree
 from megatron_bliss.config import RunConfig, SelectionConfig, TokenizerConfig, read_saved_config, warmup_run
 from megatron_bliss.data.inventory import Inventory
 from megatron_bliss.data.ledger import Ledger
@@ -16,6 +16,7 @@ from megatron_bliss.data.seeds import derive
 from megatron_bliss.data.selection import Counts, Selection
 from megatron_bliss.data.slices import Slicing
 from megatron_bliss.errors import UserError
+from megatron_bliss.mcore import checkpoint_files
 from megatron_bliss.methods import offline_method
 from megatron_bliss.methods.offline import OfflineMethod
 from megatron_bliss.methods.random import Random
@@ -65,6 +66,7 @@ def round_choice(paths: RunPaths, config: RunConfig, round_number: int | None) -
     else:
         files = ScoreFiles(paths.scores(number))
         _check_scores(files, method, config)
+        _check_model(files, paths.bilevel(number) if method.learns else warmup_run(config, paths).warmup_proxy)
     ledger = _ledger(paths, config, number)
     return Choice(
         stage="warmup-select" if round_number is None else "select",
@@ -102,6 +104,14 @@ def _check_scores(files: ScoreFiles, method: OfflineMethod, config: RunConfig) -
         )
     if files.tokenizer is not None and files.tokenizer != tokenizer_facts(config.data.tokenizer):
         raise UserError(f"{files.directory} holds scores made with another tokenizer than data.tokenizer; {remedy}")
+
+
+def _check_model(files: ScoreFiles, directory: Path) -> None:
+    """Scores are those of the checkpoint that is there now; where there is none, they come from elsewhere."""
+    if checkpoint_files.read_iteration(directory) is None:
+        return
+    if files.model_digest != digest_tree(checkpoint := checkpoint_files.find(directory)):
+        raise UserError(f"{files.directory} holds scores of another model than {checkpoint}; run the score stage again")
 
 
 def warmup_settings(config: RunConfig) -> SelectionConfig:
