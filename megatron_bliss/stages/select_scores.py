@@ -115,7 +115,5 @@ def _domain(record: ShardRecord, domains: dict[str, str]) -> str:
         if fnmatchcase(record.name, pattern):
             return domain
     if domains:
-        raise UserError(
-            f"shard {record.name} fits no pattern of domains ({', '.join(domains.values())}); give one more"
-        )
+        raise UserError(f"shard {record.name} fits none of {', '.join(domains.values())}; give domains it fits")
     return record.domain or "all"
