@@ -211,9 +211,7 @@ def select(
     if run_dir is None or number is None:
         raise UserError("select needs --run DIR and --round N, or --scores DIR and --output DIR")
     if overrides or output or earlier:
-        raise UserError(
-            f"the settings of {run_dir} are those of its run.yaml; settings and paths go with --scores only"
-        )
+        raise UserError(f"{run_dir} has its settings in run.yaml; KEY=VALUE, --output and --earlier go with --scores")
     stage.run(run_dir, number, dry_run)
 
 
