@@ -38,6 +38,9 @@ def test_help_imports_nothing_heavy() -> None:
         (["fly"], "No such command"),
         (["status", "/nowhere"], "error: /nowhere/run.yaml does not exist"),
         (["select", "--run", "/nowhere", "--round", "0"], "--round"),
+        (["explain", "a:1", "--run", "/nowhere"], "error: /nowhere/run.yaml does not exist"),
+        (["prepare", "--run", "/nowhere", "--round", "0"], "error: /nowhere/run.yaml does not exist"),
+        (["import", "x.parquet", "--run", "/nowhere", "--out", "y"], "error: /nowhere/run.yaml does not exist"),
     ],
 )
 def test_bad_usage_exits_with_2_and_without_a_traceback(settings: Path, words: list[str], sentence: str) -> None:

@@ -39,7 +39,7 @@ def explain(run: Run, name: str) -> dict[str, Any]:
     """:param name: SHARD:ID, with the shard's name in the inventory or its prefix."""
     record, sequence_id = _find(run, name)
     number = run.slice_of(record, sequence_id)
-    length = int(verify_shard(record).sequence_lengths[sequence_id])
+    length = int(verify_shard(record, in_full=False).sequence_lengths[sequence_id])
     rounds = [
         _round(one, record, sequence_id, length)
         for one in map(run.round, range(run.config.rounds + 1))

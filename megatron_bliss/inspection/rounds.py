@@ -98,7 +98,7 @@ class Round:
     @cached_property
     def selection(self) -> Selection:
         """:raises UserError: if there is none, or it does not fit the shards."""
-        return Selection.open(self.directory)
+        return Selection.open(self.directory, in_full=False)
 
     @property
     def method(self) -> OfflineMethod:
