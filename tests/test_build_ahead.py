@@ -106,6 +106,19 @@ def test_the_last_value_of_a_flag_counts() -> None:
     assert [building._value(words, flag) for flag in ("--a", "--b", "--c", "--d")] == ["3", "2", None, None]
 
 
+@pytest.mark.parametrize(
+    ("words", "ranks"),
+    [
+        ("", 1),
+        ("--tensor-model-parallel-size 4 --pipeline-model-parallel-size=2 --context-parallel-size 3", 24),
+        ("--pipeline-model-parallel-size 2 --expert-model-parallel-size 8", 16),
+        ("--tensor-model-parallel-size 4 --expert-model-parallel-size 6 --expert-tensor-parallel-size 1", 12),
+    ],
+)
+def test_ranks_of_one_copy_of_the_model(words: str, ranks: int) -> None:
+    assert building._ranks_of_a_copy(words.split()) == ranks
+
+
 def test_arguments_that_leave_the_samples_open_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with pytest.raises(UserError, match="--global-batch-size is missing"):

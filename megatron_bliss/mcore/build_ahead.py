@@ -6,6 +6,7 @@ take their names when they are whole, the description that makes Megatron look f
 """
 
 import inspect
+import math
 import os
 import shutil
 import socket
@@ -20,7 +21,6 @@ from megatron_bliss.errors import UserError
 from megatron_bliss.mcore.checkpoint_files import read_iteration
 from megatron_bliss.mcore.script import run_script
 
-_LAYOUT = ("--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--context-parallel-size")
 _DESCRIPTION = "-description.txt"
 
 
@@ -56,16 +56,24 @@ def build_ahead(
 
 def _describe_first_rank(arguments: Sequence[str]) -> None:
     """Make this process the first rank of a training as the arguments describe it."""
-    ranks = 1
-    for flag in _LAYOUT:
-        ranks *= int(_value(arguments, flag) or 1)
     if "WORLD_SIZE" not in os.environ and _value(arguments, "--global-batch-size") is None:
         raise UserError(
             "--global-batch-size is missing, so the number of samples depends on the number of ranks; give it, or set "
             "WORLD_SIZE to the number of ranks of the training"
         )
-    os.environ.setdefault("WORLD_SIZE", str(ranks))
+    os.environ.setdefault("WORLD_SIZE", str(_ranks_of_a_copy(arguments)))
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WANDB_MODE": "disabled"}
+
+
+def _ranks_of_a_copy(arguments: Sequence[str]) -> int:
+    """Ranks that hold one copy of the model: whole groups both of its dense layers and of its experts."""
+
+    def size(name: str, otherwise: int = 1) -> int:
+        return int(_value(arguments, f"--{name}-parallel-size") or otherwise)
+
+    tensor, pipeline = size("tensor-model"), size("pipeline-model")
+    experts = size("expert-model") * size("expert-tensor", tensor)
+    return pipeline * math.lcm(tensor * size("context"), experts)
 
 
 def _value(arguments: Sequence[str], flag: str) -> str | None:
