@@ -79,7 +79,7 @@ def _ranks_of_a_copy(arguments: Sequence[str]) -> int:
 def _value(arguments: Sequence[str], flag: str) -> str | None:
     """Of a flag's last appearance, as `--flag value` or `--flag=value`."""
     found = None
-    for word, following in zip(arguments, [*arguments[1:], None], strict=True):
+    for word, following in zip(arguments, [*arguments[1:], None], strict=False):
         name, equals, value = word.partition("=")
         if name == flag:
             found = value if equals else following
