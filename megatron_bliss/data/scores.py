@@ -10,7 +10,6 @@ their digest, so that a kill loses the chunk in work and nothing else. Whoever s
 of them against their digests and finishes: files that lost something are mended by scoring those chunks again.
 """
 
-import io
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -24,6 +23,7 @@ import numpy as np
 from megatron_bliss.artifacts import digest_bytes, digest_json, fsync_directory, read_json, write_json
 from megatron_bliss.data.claims import Claims
 from megatron_bliss.data.shards import ShardRecord
+from megatron_bliss.data.spans import write_span, writing_to
 from megatron_bliss.errors import UserError
 
 DIRECTION = "higher is better"
@@ -89,7 +89,7 @@ class ScoreWriter:
         self._shards: dict[str, dict[str, Any]] = self._purpose["shards"]
         self._records = [record for record in records if record.name in self._shards]
         self._work = self.directory / f".unfinished-{digest_json(self._purpose)[:16]}"
-        with _writing(self.directory):
+        with writing_to(self.directory):
             self._start(replace)
         self._claims = Claims(self._work, claim_timeout)
 
@@ -108,7 +108,7 @@ class ScoreWriter:
                     f"{self.directory} holds other scores ({', '.join(self._differences())}); give a directory of "
                     "its own for these"
                 )
-            manifest.unlink()  # nobody may take them for those of this purpose
+            manifest.unlink(missing_ok=True)  # nobody may take them for those of this purpose
         self._work.mkdir(parents=True, exist_ok=True)
 
     def _manifest(self) -> dict[str, Any] | None:
@@ -204,7 +204,7 @@ class ScoreWriter:
         dense = np.full(stop - start, np.nan, dtype=np.float32)
         dense[chunk.ids - start] = scores
         with self._beside_others():
-            _write_span(_scores_path(self._work, chunk.record), chunk.record.num_sequences, start, dense)
+            write_span(_scores_path(self._work, chunk.record), chunk.record.num_sequences, start, dense)
             write_json(self._record_path(chunk.name), {"schema": 1, "sha256": digest_bytes(dense.tobytes())})
             self._claims.release(chunk.name)
             self._finish_if_all_recorded()
@@ -213,7 +213,7 @@ class ScoreWriter:
     def _beside_others(self) -> Iterator[None]:
         """Another worker may finish at any moment, who removes the directory of work: then there is nothing to do."""
         try:
-            with _writing(self.directory):
+            with writing_to(self.directory):
                 yield
         except FileNotFoundError:
             if not self.is_complete:
@@ -266,6 +266,8 @@ class ScoreWriter:
         if len(self._recorded()) < sum(map(self._num_chunks, self._records)) or not self._claims.take(_FINISH):
             return
         try:
+            if self.is_complete:  # another worker had the claim before
+                return
             digests = {record.name: self._checked(record) for record in self._records}
             if None in digests.values():
                 return  # some chunks are to be done again
@@ -276,8 +278,7 @@ class ScoreWriter:
             shards = {name: shard | {"scores_sha256": digests[name]} for name, shard in self._shards.items()}
             write_json(_manifest_path(self.directory), self._purpose | {"shards": shards})
         finally:
-            with suppress(FileNotFoundError):
-                self._claims.release(_FINISH)
+            self._claims.release(_FINISH)
         for left in self.directory.glob(".unfinished-*"):
             shutil.rmtree(left, ignore_errors=True)
 
@@ -370,52 +371,6 @@ def _manifest_path(directory: Path) -> Path:
 
 def _scores_path(directory: Path, record: ShardRecord) -> Path:
     return directory / f"{record.name}.npy"
-
-
-@contextmanager
-def _writing(directory: Path) -> Iterator[None]:
-    """Say in a sentence what a file system refuses: a full disk, a directory that is read-only."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise UserError(
-            f"{directory} cannot be written ({error.strerror}); make room or change its permissions and run this "
-            "again: it goes on where it stopped"
-        ) from None
-
-
-def _write_span(path: Path, num_sequences: int, start: int, values: np.ndarray) -> None:
-    """Put float32 values into a .npy file of `num_sequences` of them, from element `start` on, and flush them to disk.
-
-    Through write(), not through a memory map: workers on several hosts may write parts of one page, a network file
-    system merges those byte by byte, and a full disk is an error instead of the end of the process.
-    """
-    header = _npy_header(num_sequences)
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_DSYNC, 0o644)
-    try:
-        if os.fstat(handle).st_size < len(header):
-            _write_all(handle, header, 0)  # the same bytes, whoever comes first
-        _write_all(handle, values.tobytes(), len(header) + values.itemsize * start)
-    finally:
-        os.close(handle)
-
-
-def _write_all(handle: int, content: bytes, offset: int) -> None:
-    rest = memoryview(content)
-    while rest:
-        count = os.pwrite(handle, rest, offset)
-        rest, offset = rest[count:], offset + count
-
-
-def _npy_header(num_sequences: int) -> bytes:
-    stream = io.BytesIO()
-    description = np.lib.format.dtype_to_descr(np.dtype(np.float32))
-    np.lib.format.write_array_header_1_0(
-        stream, {"descr": description, "fortran_order": False, "shape": (num_sequences,)}
-    )
-    return stream.getvalue()
 
 
 def _map_scores(directory: Path, record: ShardRecord) -> np.memmap:
