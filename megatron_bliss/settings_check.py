@@ -108,15 +108,32 @@ def check(settings: Any) -> None:
     vocab_size = settings.data.tokenizer.vocab_size
     if settings.bilevel.kl_source == "cached" and settings.bilevel.kl_top_k > vocab_size:
         raise UserError(
-            f"bilevel.kl_top_k is {settings.bilevel.kl_top_k}; it must be at most data.tokenizer.vocab_size, {vocab_size}"
+            f"bilevel.kl_top_k is {settings.bilevel.kl_top_k}; it must be at most data.tokenizer.vocab_size, "
+            f"{vocab_size}"
         )
     _check_pool(settings.data.pool)
     _check_controls(settings)
     check_selection(settings.selection, [domain.name for domain in settings.data.pool])
+    _check_pool_lasts(settings)
     if settings.selection.threshold is not None and (settings.method == "random" or settings.controls):
         raise UserError(
             "selection.threshold is for one method's scores; with method=random or controls, whose scores are others, "
             "give selection.fraction or selection.tokens"
+        )
+
+
+def _check_pool_lasts(settings: Any) -> None:
+    """With one pool for all rounds, each takes a fraction of all of it; the warm-up has taken a part of its slice."""
+    selection, warmup = settings.selection, settings.warmup
+    if selection.pool != "all" or selection.fraction is None:
+        return
+    taken = settings.rounds * selection.fraction
+    if warmup.target_steps:
+        taken += warmup.fraction / (settings.rounds + 1)
+    if taken > selection.max_repeats + 1e-9:
+        raise UserError(
+            f"{settings.rounds} rounds of selection.fraction={selection.fraction} and the warm-up take {taken:.3g} "
+            f"times the pool, and selection.max_repeats is {selection.max_repeats}; raise it, or lower the fraction"
         )
 
 
@@ -127,7 +144,9 @@ def check_selection(selection: Any, domains: list[str]) -> None:
     sizes = [name for name in ("fraction", "tokens", "threshold") if getattr(selection, name) is not None]
     if len(sizes) != 1:
         given = " and ".join(f"selection.{name}" for name in sizes) or "nothing"
-        raise UserError(f"{given} says how much is kept; give one of selection.fraction, .tokens and .threshold")
+        raise UserError(
+            f"{given} says how much is kept; give one of selection.fraction, tokens and threshold, null for the others"
+        )
     rules: list[tuple[str, bool, str]] = [
         ("fraction", selection.fraction is None or 0 < selection.fraction <= 1, "must be above 0 and at most 1"),
         ("tokens", selection.tokens is None or selection.tokens > 0, "must be above 0"),

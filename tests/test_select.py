@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from megatron.core.datasets.utils import get_blend_from_list
 from typer.testing import CliRunner
 
 from megatron_bliss.artifacts import RunPaths, read_json, write_json
@@ -187,7 +188,8 @@ def test_the_blend_is_written_for_megatron(run_dir: Path) -> None:
     select.run(run_dir, 1)
     selection = kept_of(run_dir)
     words = (selection.directory / "blend.txt").read_text().split()  # as Megatron reads --data-args-path
-    assert [(float(weight), prefix) for weight, prefix in zip(words[::2], words[1::2], strict=True)] == selection.blend
+    prefixes, weights = get_blend_from_list(words)
+    assert list(zip(weights, prefixes, strict=True)) == selection.blend
     assert [tuple(part) for part in selection.manifest["blend"]] == selection.blend
     assert selection.manifest["direction"] == "higher is better"
     assert selection.manifest["domains"] == {domain: asdict(counts) for domain, counts in selection.domains.items()}
@@ -198,7 +200,7 @@ def test_the_blend_is_written_for_megatron(run_dir: Path) -> None:
 
 
 def test_rounds_on_the_whole_pool_take_nothing_twice(tmp_path: Path) -> None:
-    run_dir = start(tmp_path / "run", "selection.pool=all", "selection.fraction=0.3", "rounds=4", rounds=4)
+    run_dir = start(tmp_path / "run", "selection.pool=all", "selection.fraction=0.24", "rounds=4", rounds=4)
     paths = RunPaths(run_dir)
     for number in (1, 2, 3):
         select.run(run_dir, number)
@@ -211,11 +213,12 @@ def test_rounds_on_the_whole_pool_take_nothing_twice(tmp_path: Path) -> None:
         uses = Ledger(selections).uses(record, 0, record.num_sequences)
         assert uses.tolist() == np.bincount(taken, minlength=record.num_sequences).tolist()
     for selection in selections[1:]:
-        assert 0 <= 0.3 * selection.counts.slice_tokens - selection.counts.kept_tokens < LONGEST
+        assert 0 <= 0.24 * selection.counts.slice_tokens - selection.counts.kept_tokens < LONGEST
         assert selection.manifest["repeated_tokens"] == 0
     before = {path.name: path.read_bytes() for path in paths.selection(2).iterdir()}
     select.run(run_dir, 2)  # again, with a later round there
     assert {path.name: path.read_bytes() for path in paths.selection(2).iterdir()} == before
+    with_settings(run_dir, "selection.fraction=null", "selection.tokens=6000")
     with pytest.raises(UserError, match=r"taken by fewer than 1 earlier rounds; raise selection.max_repeats \(1\)"):
         select.run(run_dir, 4)
     assert not paths.selection(4).exists()
@@ -464,6 +467,7 @@ def test_a_kill_leaves_what_was_there(run_dir: Path, monkeypatch: pytest.MonkeyP
         (["selection.pool=some"], "selection.pool is 'some'"),
         (["selection.max_repeats=2"], "it needs selection.pool=all"),
         (["selection.pool=all", "selection.max_repeats=256"], "between 1 and 255"),
+        (["selection.pool=all", "rounds=5"], "take 1.03 times the pool, and selection.max_repeats is 1; raise it"),
         (["selection.quotas.x.maximum=0.5"], "names domain 'x'; the pool has a, bb, ccc"),
         (["selection.quotas.a.maximum=0.5", "selection.blend=keep"], "need selection.blend=pool"),
         (["selection.quotas.a.maximum=0.5", "selection.threshold=1"], "need selection.blend=pool"),

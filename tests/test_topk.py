@@ -128,8 +128,16 @@ def test_least_used_come_first(shards: list[InMemory], budget: int, num_uses: in
 
 
 @settings(max_examples=80, deadline=None)
-@given(shards=pools(with_uses=True), data=st.data(), budget=st.integers(0, 200), num_uses=st.integers(1, 3))
-def test_limits_of_groups(shards: list[InMemory], data: st.DataObject, budget: int, num_uses: int) -> None:
+@given(
+    shards=pools(with_uses=True),
+    data=st.data(),
+    budget=st.integers(0, 200),
+    num_uses=st.integers(1, 3),
+    order=st.randoms(use_true_random=False),
+)
+def test_limits_of_groups(
+    shards: list[InMemory], data: st.DataObject, budget: int, num_uses: int, order: object
+) -> None:
     num_groups = data.draw(st.integers(1, len(shards)))
     groups = [index % num_groups for index in range(len(shards))]
     minimum = data.draw(st.lists(st.integers(0, budget // num_groups), min_size=num_groups, max_size=num_groups))
@@ -140,6 +148,11 @@ def test_limits_of_groups(shards: list[InMemory], data: st.DataObject, budget: i
         patch.setattr("megatron_bliss.data.topk.CHUNK", 5)
         kept = pairs(kept_ids(passes, passes.cuts(passes.count(), limits, budget)))
     assert kept == naive(shards, groups, num_uses, limits, budget)
+    shuffled = list(range(len(shards)))
+    order.shuffle(shuffled)  # type: ignore[attr-defined]
+    passes = Passes([shards[index] for index in shuffled], [groups[index] for index in shuffled], num_uses, threads=2)
+    again = pairs(kept_ids(passes, passes.cuts(passes.count(), limits, budget)))
+    assert {(shuffled[place], one) for place, one in again} == kept
 
 
 def test_500_shards_of_uneven_size() -> None:
