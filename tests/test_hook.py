@@ -288,3 +288,22 @@ def test_no_list_of_all_ids_is_made(shards: list[str], tmp_path: Path) -> None:
     train, _, _ = build(config, selection, num_samples=10)
     assert np.shares_memory(train.indices, selection.ids(shards[0]))
     assert len(train.indices) == 60  # below 180, the end of the training split
+
+
+def test_changed_ids_are_seen_when_an_index_is_built_of_them(shards: list[str], tmp_path: Path) -> None:
+    config = config_of(data_arguments("single", shards, shards[2], tmp_path), tmp_path)
+    kept = select(tmp_path / "selection", {shards[0]: np.arange(1, 200, 3)})
+    ids = np.array(kept.ids(shards[0]))
+    ids[5] += 1
+    np.save(tmp_path / "selection" / "a.npy", ids)
+    selection = Selection.open(tmp_path / "selection", in_full=False)
+    with pytest.raises(UserError, match=r"a\.npy is missing or changed"):
+        build(config, selection, num_samples=10)
+    with pytest.raises(UserError, match=r"a\.npy is missing or changed"):
+        Selection.open(tmp_path / "selection")
+    np.save(tmp_path / "fewer.npy", ids[:-1])
+    fewer = (tmp_path / "fewer.npy").read_bytes()
+    for content, sentence in ((b"", "missing or changed"), (fewer[:-8], "missing or changed"), (fewer, "not hold")):
+        (tmp_path / "selection" / "a.npy").write_bytes(content)
+        with pytest.raises(UserError, match=sentence):
+            Selection.open(tmp_path / "selection", in_full=False)

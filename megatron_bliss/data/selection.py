@@ -193,28 +193,33 @@ class Selection:
 
     @classmethod
     def open(cls, directory: str | Path, in_full: bool = True) -> "Selection":
-        """:param in_full: as of `verify_shard`.
+        """:param in_full: as of `verify_shard`; without, the ids are not read either: `verify_ids` does that.
         :raises UserError: if the selection is unfinished or damaged, or a shard is not the one it was made from.
         """
         directory = Path(directory)
-        manifest = read_json(directory / "manifest.json")
+        manifest = read_json(directory / _MANIFEST)
         shards = []
         for entry in manifest["shards"]:
-            record = ShardRecord(**entry["record"])
+            record, counts = ShardRecord(**entry["record"]), Counts(**entry["counts"])
             verify_shard(record, in_full)
-            path = directory / f"{record.name}.npy"
-            if not path.is_file() or digest_file(path) != entry["ids_sha256"]:
-                raise UserError(f"{path} is missing or changed since it was written; run the select stage again")
-            ids = np.load(path, mmap_mode="r", allow_pickle=False)
-            counts = Counts(**entry["counts"])
-            fits = ids.dtype == np.int32 and ids.shape == (counts.kept_sequences,) and (ids[1:] > ids[:-1]).all()
-            if not fits or (len(ids) and not 0 <= ids[0] <= ids[-1] < record.num_sequences):
-                raise UserError(
-                    f"{path} does not hold {counts.kept_sequences} ascending int32 ids below {record.num_sequences}; "
-                    "run the select stage again"
-                )
-            shards.append(KeptShard(record, ids, counts, entry["weight"]))
-        return cls(directory, manifest, shards)
+            shards.append(KeptShard(record, _map_ids(directory, record, counts), counts, entry["weight"]))
+        selection = cls(directory, manifest, shards)
+        if in_full:
+            for shard in shards:
+                selection.verify_ids(shard.record.prefix)
+        return selection
+
+    def verify_ids(self, prefix: str | Path) -> None:
+        """:raises UserError: if the ids of a shard are not those that were written."""
+        shard = self.shard(prefix)
+        path = self.directory / f"{shard.record.name}.npy"
+        [written] = [
+            entry["ids_sha256"] for entry in self.manifest["shards"] if entry["record"]["name"] == shard.record.name
+        ]
+        if digest_file(path) != written:
+            raise _changed(path)
+        if not (shard.ids[1:] > shard.ids[:-1]).all():
+            raise _misfit(path, shard.record, shard.counts)
 
     @property
     def digest(self) -> str:
@@ -255,6 +260,29 @@ class Selection:
     def counts(self) -> Counts:
         """What was kept, in all."""
         return sum(self.domains.values(), Counts(0, 0, 0, 0))
+
+
+def _map_ids(directory: Path, record: ShardRecord, counts: Counts) -> np.ndarray:
+    path = directory / f"{record.name}.npy"
+    try:
+        ids: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        raise _changed(path) from None
+    fits = ids.dtype == np.int32 and ids.shape == (counts.kept_sequences,)
+    if not fits or (len(ids) and not 0 <= ids[0] <= ids[-1] < record.num_sequences):
+        raise _misfit(path, record, counts)
+    return ids
+
+
+def _changed(path: Path) -> UserError:
+    return UserError(f"{path} is missing or changed since it was written; run the select stage again")
+
+
+def _misfit(path: Path, record: ShardRecord, counts: Counts) -> UserError:
+    return UserError(
+        f"{path} does not hold {counts.kept_sequences} ascending int32 ids below {record.num_sequences}; "
+        "run the select stage again"
+    )
 
 
 def _real_file(prefix: str | Path) -> str:

@@ -93,7 +93,7 @@ def _load(stem: Path, name: str) -> np.ndarray:
     path = Path(f"{stem}-{name}.npy")
     try:
         indices: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError):
+    except (OSError, ValueError, EOFError):
         raise UserError(f"{path} is missing or cut short; remove it and run the prepare stage again") from None
     return indices
 

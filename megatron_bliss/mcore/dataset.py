@@ -65,6 +65,11 @@ class _TrainsOnSelection:
         """Sequences that Megatron is to list."""
         return 0
 
+    def _get_num_tokens_per_epoch(self) -> int:
+        # Megatron asks for it when it builds an index; where there is one, nobody reads the ids
+        self.config.selection.verify_ids(self.dataset_path)  # type: ignore[attr-defined]
+        return super()._get_num_tokens_per_epoch()  # type: ignore[misc]
+
     @staticmethod
     def _key_config_attributes() -> list[str]:
         # without the digest, Megatron's index cache would serve one selection's indices to another
@@ -151,6 +156,8 @@ class SelectedDatasetBuilder(BlendedMegatronDatasetBuilder):
     def _keeps(self, prefix: str, span: tuple[float, float], num_tokens: int) -> bool:
         """Whether the kept sequences in this part of the shard have at least so many tokens."""
         shard = self.selection.shard(prefix)
+        if span == (0.0, 1.0):
+            return shard.counts.kept_tokens >= num_tokens
         ids = _kept(shard.ids, span, shard.record.num_sequences)
         if len(ids) == 0:
             return False
