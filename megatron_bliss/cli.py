@@ -169,6 +169,14 @@ def warmup_proxy(run_dir: RunOption) -> None:
     stage.run(run_dir)
 
 
+@app.command(name="cache-target", rich_help_panel=_STAGES)
+def cache_target(run_dir: RunOption, number: RoundOption) -> None:
+    """Write what the target says of a round's bilevel sample, where bilevel.kl_source is cached."""
+    from megatron_bliss.stages import cache_target as stage
+
+    stage.run(run_dir, number)
+
+
 @app.command(rich_help_panel=_STAGES)
 def bilevel(run_dir: RunOption, number: RoundOption) -> None:
     """Learn the score model by the bilevel loop."""

@@ -137,6 +137,10 @@ class BilevelConfig:
     gradient_average: float = 0.9  # β of the running average of ∇f; 0 uses the last batch alone
     checkpoint_interval: int = 100  # outer steps
 
+    @property
+    def uses_cached_target(self) -> bool:
+        return self.kl_source == "cached" and self.gamma != 0
+
 
 # What `preset: paper` sets; the 410M settings of the authors' code. Settings given by the user win over it.
 BILEVEL_PRESETS: dict[str, dict[str, Any]] = {

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from megatron_bliss.config import RunConfig
 from megatron_bliss.data.shards import Shard
+from megatron_bliss.data.target_cache import bytes_per_token
 from megatron_bliss.errors import UserError
 from megatron_bliss.mcore.architectures import resolve
 from megatron_bliss.orchestration.check import check
@@ -58,7 +59,11 @@ def target_flops_per_step(config: RunConfig) -> float:
 def selection_flops(arm: Arm, pool: PoolSize | None) -> float | None:
     """What an arm spends to know what to train on: its proxy's warm-up, the bilevel loops and the scoring."""
     costs = arm_costs(arm, pool)
-    names = [arm.stage_name(command, r) for r in range(1, arm.config.rounds + 1) for command in ("bilevel", "score")]
+    names = [
+        arm.stage_name(command, r)
+        for r in range(1, arm.config.rounds + 1)
+        for command in ("cache-target", "bilevel", "score")
+    ]
     parts = [costs[name].flops for name in names if name in costs]
     if arm.method.scored_by != "none":
         parts.append(_warmup_proxy(arm.config).flops)
@@ -88,6 +93,7 @@ def arm_costs(arm: Arm, pool: PoolSize | None) -> dict[str, Cost]:
     for number in range(1, config.rounds + 1):
         if arm.method.learns:
             costs[arm.stage_name("bilevel", number)] = _bilevel(config)
+            costs[arm.stage_name("cache-target", number)] = _cache_target(config)
         if arm.method.scored_by != "none":
             costs[arm.stage_name("score", number)] = _score(config, pool, offered)
         costs[arm.stage_name("select", number)] = _select(pool, offered, share)
@@ -128,7 +134,7 @@ def bilevel_flops_per_step(config: RunConfig) -> float:
 def _target_passes(config: RunConfig) -> int:
     """Forward passes of the target over the batch in an outer step: one for each way through its micro-batches."""
     bilevel = config.bilevel
-    if bilevel.gamma == 0:
+    if bilevel.gamma == 0 or bilevel.uses_cached_target:
         return 0
     ranks = max(config.launch.nproc_per_node // config.proxy.tensor_parallel, 1)
     if bilevel.batch_size <= bilevel.micro_batch_size * ranks:
@@ -170,6 +176,17 @@ def _bilevel(config: RunConfig) -> Cost:
     vectors = 2 * 4 * resolve(config.proxy.model).num_parameters(config.data.tokenizer.vocab_size)  # z, averaged ∇f
     disk = 2 * _checkpoint_bytes(config, proxy=True) + vectors  # proxy and score model
     return Cost(sequences, sequences * config.data.sequence_length, flops, disk)
+
+
+def _cache_target(config: RunConfig) -> Cost:
+    """A forward pass over what the round's bilevel loop will draw."""
+    bilevel = config.bilevel
+    if not bilevel.uses_cached_target:
+        return Cost()
+    sequences = bilevel.outer_steps * bilevel.batch_size
+    tokens = sequences * config.data.sequence_length
+    disk = tokens * bytes_per_token(bilevel.kl_top_k, config.data.tokenizer.vocab_size)
+    return Cost(sequences, tokens, tokens * _training_flops_per_token(config, proxy=False) * _FORWARD, disk)
 
 
 def _score(config: RunConfig, pool: PoolSize | None, offered: PoolSize | None) -> Cost:

@@ -164,6 +164,12 @@ def _round(arm: Arm, number: int, earlier: set[str]) -> list[Stage]:
     stages = []
     if method.learns:
         needs, inputs = [inventory, "warmup-proxy", *after_target], [inventory_file, proxy, *target]
+        if arm.config.bilevel.uses_cached_target:
+            cache = paths.target_cache(number)
+            before, files = [inventory, *after_target], [inventory_file, *target]
+            stages.append(_stage(arm, "cache-target", needs=before, inputs=files, output=cache, round_number=number))
+            needs.append(stages[-1].name)
+            inputs.append(cache)
         if number > 1:  # the score model carries over
             needs.append(arm.stage_name("bilevel", number - 1))
             inputs.append(paths.bilevel(number - 1))

@@ -1,12 +1,10 @@
 """`bilevel`: learn the score model of a round with the bilevel loop."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from megatron_bliss.artifacts import RunPaths, digest_tree
 from megatron_bliss.bilevel.curvature import Pool, check_exact, make_curvature
@@ -14,24 +12,21 @@ from megatron_bliss.bilevel.loop import BilevelLoop, LoopSettings
 from megatron_bliss.bilevel.optimizer import AdamSettings
 from megatron_bliss.bilevel.solvers import Averaged, ConjugateGradient, Paper, Solver
 from megatron_bliss.bilevel.space import ParameterSpace, group_size
-from megatron_bliss.config import BilevelConfig, RunConfig, read_saved_config, warmup_run
-from megatron_bliss.data.inventory import Inventory
-from megatron_bliss.data.sampling import SequenceSampler, share_of_rank
-from megatron_bliss.data.seeds import derive, hash_positions
-from megatron_bliss.data.shards import verify_shard
-from megatron_bliss.data.slices import Slicing
-from megatron_bliss.data.validation import ValidationSet
+from megatron_bliss.config import BilevelConfig, RunConfig, read_saved_config
+from megatron_bliss.data.target_cache import Known, TargetCache
 from megatron_bliss.mcore import checkpoint_files, checkpoints, parallel
-from megatron_bliss.mcore.batches import cut_windows, make_batch
 from megatron_bliss.mcore.losses import VocabShard
-from megatron_bliss.mcore.lower_level import MegatronLowerLevel, MegatronUpperLevel, MicroBatch, micro_batches
+from megatron_bliss.mcore.lower_level import MegatronLowerLevel, MegatronUpperLevel, MicroBatch
 from megatron_bliss.mcore.models import build_language_model
 from megatron_bliss.mcore.parallel import ParallelContext, agreed
+from megatron_bliss.mcore.read_ahead import read_ahead
 from megatron_bliss.mcore.score_model import build_score_model
 from megatron_bliss.mcore.space import MegatronSpace
 from megatron_bliss.progress import MetricsLog, Progress
+from megatron_bliss.stages.bilevel_data import BilevelData, BilevelDraws
+from megatron_bliss.stages.cache_target import purpose_of
 from megatron_bliss.stages.inventory import run_inventory
-from megatron_bliss.stages.sources import resume
+from megatron_bliss.stages.sources import resume, target_checkpoint
 from megatron_bliss.stages.warmup_proxy import proxy_directory
 
 Loop = BilevelLoop[MicroBatch]
@@ -50,8 +45,10 @@ def run(run_dir: Path, round_number: int) -> None:
     context = parallel.initialize(config.proxy.tensor_parallel, config.proxy.sequence_parallel, config.seed)
     with agreed(context):
         inventory = run_inventory(paths.root, config)
-        data = BilevelData(config, inventory, round_number, context)
+        draws = BilevelDraws(config, inventory, round_number)
+        data, cache = BilevelData(config, draws, context), open_cache(paths, config, draws, round_number)
         sources = {"inventory": inventory.digest} | starting_points(paths, config, round_number)
+        sources |= {"cached target": cache.digest} if cache else {}
         done = resume("bilevel", directory, sources, context.is_first) or 0
     if done >= settings.outer_steps:
         return
@@ -61,13 +58,13 @@ def run(run_dir: Path, round_number: int) -> None:
         vectors = {checkpoints.MODEL: lower, checkpoints.SCORE: upper}
         loop.load(lower, upper, checkpoints.load(directory, models, vectors))
     if settings.curvature == "exact":
-        _check_exact(loop, data.pool(done))
+        _check_exact(loop, data.pool(done, cache.read(done, data.rows) if cache else None))
     progress = Progress("bilevel", settings.outer_steps, start=done) if context.is_first else None
     log = MetricsLog(directory / "metrics.jsonl", done) if context.is_first else None
     num_tokens = 0
-    while loop.steps_done < settings.outer_steps:
+    for known in _known(cache, data.rows, range(done, settings.outer_steps)):
         began = time.monotonic()
-        pool, validation = data.pool(loop.steps_done), data.validation(loop.steps_done)
+        pool, validation = data.pool(loop.steps_done, known), data.validation(loop.steps_done)
         metrics = loop.step(pool, validation)
         step_tokens = int(pool[0].num_tokens + validation[0].num_tokens)
         num_tokens += step_tokens
@@ -78,6 +75,24 @@ def run(run_dir: Path, round_number: int) -> None:
             lower, upper = loop.vectors()
             vectors = {checkpoints.MODEL: lower, checkpoints.SCORE: upper}
             checkpoints.save(directory, loop.steps_done, models, vectors, loop.scalars(), keep=1)
+
+
+def open_cache(paths: RunPaths, config: RunConfig, draws: BilevelDraws, round_number: int) -> TargetCache | None:
+    """The round's cached target, where the settings ask for one.
+
+    :raises UserError: if it is missing, or of another target or sample.
+    """
+    if not config.bilevel.uses_cached_target:
+        return None
+    return TargetCache(paths.target_cache(round_number), purpose_of(paths, config, draws, round_number))
+
+
+def _known(cache: TargetCache | None, rows: range, steps: range) -> Iterator[list[Known] | None]:
+    """Of the target at the sequences `rows` of each step, read ahead; None where it is in the loop itself."""
+    if cache is None:
+        yield from (None for _ in steps)
+    else:
+        yield from read_ahead(cache.read(step, rows) for step in steps)
 
 
 _SHOWN = ("train_loss", "validation_loss", "score_std", "contained")
@@ -103,7 +118,7 @@ def build(
         else:
             checkpoints.load_model(paths.bilevel(round_number - 1), score_model, checkpoints.SCORE)
     target = None
-    if settings.gamma:
+    if settings.gamma and not settings.uses_cached_target:
         checkpoint = target_checkpoint(paths, config, round_number)
         target = checkpoints.load_target(checkpoint, context, config.target.model, vocab_size)
     loop = assemble(settings, proxy, score_model, target, context, vocab_size, config.proxy.distributed_optimizer)
@@ -143,16 +158,9 @@ def starting_points(paths: RunPaths, config: RunConfig, round_number: int) -> di
     found = {"proxy": proxy_directory(paths, config)}
     if round_number > 1 and not config.bilevel.restart_score:
         found["score model"] = paths.bilevel(round_number - 1)
-    if config.bilevel.gamma:
+    if config.bilevel.gamma and not config.bilevel.uses_cached_target:
         found["target"] = target_checkpoint(paths, config, round_number)
     return {name: digest_tree(checkpoint_files.find(directory)) for name, directory in found.items()}
-
-
-def target_checkpoint(paths: RunPaths, config: RunConfig, round_number: int) -> Path:
-    """The LLM as the round before this one left it, or the warm-up: its iter_… directory."""
-    if round_number > 1:
-        return checkpoint_files.iteration_path(paths.target, config.round_end(round_number - 1))
-    return checkpoint_files.iteration_path(warmup_run(config, paths).warmup_target, config.round_end(0))
 
 
 def make_solver(settings: BilevelConfig, space: ParameterSpace) -> Solver:
@@ -180,57 +188,3 @@ def _check_exact(loop: Loop, batches: list[MicroBatch]) -> None:
     count = sum(map(len, masks)) * group_size(loop.lower.space.dp_group)
     pool = Pool(loop.lower, batches, [mask.new_full(mask.shape[:1], 1 / count) for mask in masks], loop.settings.ridge)
     check_exact(pool, pool.gradient()[0])
-
-
-class BilevelData:
-    """The global batches of every step, the same for any number of ranks.
-
-    The pool is the round's slice, each of its sequences once an epoch; so is the validation set. Of a sequence longer
-    than a sample one window is taken, another one each time.
-    """
-
-    def __init__(self, config: RunConfig, inventory: Inventory, round_number: int, context: ParallelContext) -> None:
-        self._context, self._settings, self._length = context, config.bilevel, config.data.sequence_length
-        self._seed = derive(config.seed, "bilevel", round_number)
-        self._shards = [verify_shard(record) for record in inventory.pool]
-        ids = Slicing.of(config, inventory).ids_by_name(round_number)
-        self._pool = SequenceSampler(inventory.pool, ids, derive(self._seed, "pool"))
-        self._set = ValidationSet.of(inventory.validation)
-        everything = {inventory.validation.name: np.arange(len(self._set), dtype=np.int32)}
-        self._validation = SequenceSampler([inventory.validation], everything, derive(self._seed, "validation"))
-        for size in (self._settings.batch_size, self._settings.validation_batch_size):
-            share_of_rank([(0, 0)] * size, context.dp_rank, context.dp_size)  # refuse a size that cannot be shared
-
-    def pool(self, step: int) -> list[MicroBatch]:
-        """This rank's micro-batches of the pool at a 0-based step."""
-        samples = self._pool.batch(step, self._settings.batch_size)
-        sequences = [self._shards[index][sequence_id] for index, sequence_id in samples]
-        return self._micro_batches(sequences, None, step)
-
-    def validation(self, step: int) -> list[MicroBatch]:
-        """This rank's micro-batches of the validation set at a 0-based step."""
-        samples = self._validation.batch(step, self._settings.validation_batch_size)
-        pairs = [self._set.get(sequence_id) for _, sequence_id in samples]
-        return self._micro_batches([tokens for tokens, _ in pairs], [mask for _, mask in pairs], step)
-
-    def _micro_batches(
-        self, sequences: Sequence[np.ndarray], masks: Sequence[np.ndarray] | None, step: int
-    ) -> list[MicroBatch]:
-        draws = hash_positions(derive(self._seed, "window", step), np.arange(len(sequences))).tolist()
-        windows = [self._window(len(sequence), draw) for sequence, draw in zip(sequences, draws, strict=True)]
-        mine = range(self._context.dp_rank, len(sequences), self._context.dp_size)
-        size = self._settings.micro_batch_size
-        batches = [
-            make_batch(
-                [sequences[i][windows[i]] for i in mine[start : start + size]],
-                self._context.device,
-                self._context.length_multiple,
-                None if masks is None else [masks[i][windows[i]] for i in mine[start : start + size]],
-            )
-            for start in range(0, len(mine), size)
-        ]
-        return micro_batches(batches, self._context)
-
-    def _window(self, length: int, draw: int) -> slice:
-        windows = cut_windows(length, self._length)
-        return slice(*windows[draw % len(windows)])

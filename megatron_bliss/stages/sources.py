@@ -7,8 +7,10 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from megatron_bliss.artifacts import read_json, write_json
+from megatron_bliss.artifacts import RunPaths, read_json, write_json
+from megatron_bliss.config import RunConfig, warmup_run
 from megatron_bliss.errors import UserError
+from megatron_bliss.mcore import checkpoint_files
 from megatron_bliss.mcore.checkpoint_files import read_iteration
 
 
@@ -33,6 +35,13 @@ def resume(stage: str, directory: Path, sources: Mapping[str, str], is_first: bo
             shutil.rmtree(directory)
         write_json(path, {"schema": 1, "sources": dict(sources)})
     return None
+
+
+def target_checkpoint(paths: RunPaths, config: RunConfig, round_number: int) -> Path:
+    """The LLM as the round before this one left it, or the warm-up: its iter_… directory."""
+    if round_number > 1:
+        return checkpoint_files.iteration_path(paths.target, config.round_end(round_number - 1))
+    return checkpoint_files.iteration_path(warmup_run(config, paths).warmup_target, config.round_end(0))
 
 
 def _read(path: Path) -> dict[str, str]:
