@@ -121,7 +121,7 @@ def test_the_tool_under_torchrun_and_its_exit_codes(folder: Path, one: dict[str,
     np.testing.assert_array_equal(np.load(tmp_path / "out" / "walk.npy"), one["tool: scores"]["walk"])
     (tmp_path / "file").write_text("")
     words[4] = tmp_path / "file" / "out"
-    codes = launch.finish(launch.start("tools.score_shards", words, tmp_path / "bad"), 60)
+    codes = launch.finish(launch.start("tools.score_shards", words, tmp_path / "bad"), 180)
     assert codes == [2]
     assert re.search(r"error: .*file/out cannot be written", (tmp_path / "bad.0").read_text())
 
