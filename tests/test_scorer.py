@@ -138,7 +138,7 @@ def test_killed_jobs_leave_the_same_bytes_to_any_number_of_others(
     def start(num_jobs: int, attempt: int) -> list[Any]:
         return [launch.start(CLI, words, tmp_path / f"log{attempt}-{job}", 1 + job % 2) for job in range(num_jobs)]
 
-    edit_config(run, scoring__chunk_sequences=40)
+    killed_at_work = 0
     for attempt in range(3):
         jobs = start(draws.randint(1, 2), attempt)
         deadline, begun = time.monotonic() + 60, len(list(scores.rglob("*.done")))
@@ -148,7 +148,8 @@ def test_killed_jobs_leave_the_same_bytes_to_any_number_of_others(
         for process in [process for job in jobs for process in job]:
             process.kill()
             process.wait()
-        assert attempt or not (scores / "manifest.json").exists()
+        killed_at_work += not (scores / "manifest.json").exists()
+    assert killed_at_work
     for job in start(2, 3):
         assert set(launch.finish(job, 120)) == {0}
     assert files_of(scores) == one["files"]
