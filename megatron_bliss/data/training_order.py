@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_bliss.data.selection import Selection
 from megatron_bliss.errors import UserError
 
 _BLOCK = 1 << 22  # entries looked at at a time
@@ -35,19 +36,19 @@ class TrainingOrder:
     datasets: list[str]  # the shards' files as the blend numbers them
 
     @classmethod
-    def find(cls, cache: Path, selection_digest: str) -> "TrainingOrder | None":
+    def find(cls, cache: Path, selection: Selection) -> "TrainingOrder | None":
         """That of a selection, or None where its index files have not been built.
 
         :raises UserError: if the selection was built for more than one training.
         """
-        blends: list[tuple[Path, list[dict[str, Any]]]] = []
-        singles: list[tuple[Path, list[dict[str, Any]]]] = []
+        is_blend = len(selection.blend) > 1
+        found: list[tuple[Path, list[dict[str, Any]]]] = []
         for path in sorted(cache.glob(_DESCRIPTIONS)):
             description = json.loads(path.read_text())
             parts = description.get("datasets", [description])
-            if {part.get("selection_digest") for part in parts} == {selection_digest}:
-                (blends if "datasets" in description else singles).append((path, parts))
-        found = blends or singles
+            of_it = {part.get("selection_digest") for part in parts} == {selection.digest}
+            if of_it and ("datasets" in description) == is_blend:
+                found.append((path, parts))
         if not found:
             return None
         if len(found) > 1:
@@ -58,7 +59,7 @@ class TrainingOrder:
         [(path, parts)] = found
         files = [os.path.realpath(f"{part['dataset_path']}.bin") for part in parts]
         stems = {file: cache / _stem(part) for file, part in zip(files, parts, strict=True)}
-        return cls(stems, Path(str(path).removesuffix("-description.txt")) if blends else None, files)
+        return cls(stems, Path(str(path).removesuffix("-description.txt")) if is_blend else None, files)
 
     def samples(self, prefix: str, sequence_id: int, length: int) -> np.ndarray:
         """Which samples of the phase hold a token of a sequence, be it the label of a sample's last: int64, ascending.
@@ -72,6 +73,7 @@ class TrainingOrder:
         entries = _positions(_load(stem, "document_index"), np.array([sequence_id]))
         starts = _load(stem, "sample_index")[:, 0]  # non-decreasing; of the samples, and behind the last one
         # a sample holds the entries from its own start to the next one's, both included
+        entries = entries.astype(starts.dtype)  # of another dtype, all starts would be converted
         first = np.maximum(np.searchsorted(starts, entries, "left") - 1, 0)
         last = np.minimum(np.searchsorted(starts, entries, "right") - 1, len(starts) - 2)
         places = np.unique([place for a, b in zip(first, last, strict=True) for place in range(a, b + 1)])

@@ -153,7 +153,7 @@ def _training(one: Round, record: ShardRecord, sequence_id: int, length: int) ->
     reordered = [word for word in config.target.extra_args if word.partition("=")[0] in _REORDERING]
     if reordered:
         return {"steps": None, "steps_note": f"{reordered[0]} in target.extra_args changes which step reads what"}
-    order = TrainingOrder.find(one.home.index_cache, one.selection.digest)
+    order = TrainingOrder.find(one.home.index_cache, one.selection)
     if order is None:
         return {"steps": None, "steps_note": "not known before the prepare stage has run"}
     samples = order.samples(record.prefix, sequence_id, length)
