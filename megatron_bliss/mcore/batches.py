@@ -51,7 +51,7 @@ def make_batch(
     arrays = [torch.from_numpy(array).to(device, non_blocking=True) for array in (tokens, labels, mask, lengths)]
     # found on the host: a device would have to be waited for
     labelled = None if mask.all() else torch.from_numpy(np.flatnonzero(mask.T)).to(device, non_blocking=True)
-    return Batch(*arrays, labelled)
+    return Batch(*arrays, labelled=labelled)
 
 
 def padded_length(length: int, multiple: int) -> int:
