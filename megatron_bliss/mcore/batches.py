@@ -48,10 +48,13 @@ def make_batch(
         is_predicted = np.zeros((len(sequences), width + 1), dtype=np.float32)
         is_predicted[is_token] = np.concatenate(loss_masks)
         mask *= is_predicted[:, 1:]
-    arrays = [torch.from_numpy(array).to(device, non_blocking=True) for array in (tokens, labels, mask, lengths)]
+
+    def put(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(device, non_blocking=True)
+
     # found on the host: a device would have to be waited for
-    labelled = None if mask.all() else torch.from_numpy(np.flatnonzero(mask.T)).to(device, non_blocking=True)
-    return Batch(*arrays, labelled=labelled)
+    labelled = None if mask.all() else put(np.flatnonzero(mask.T))
+    return Batch(put(tokens), put(labels), put(mask), put(lengths), labelled)
 
 
 def padded_length(length: int, multiple: int) -> int:
