@@ -141,6 +141,8 @@ def read_json(path: Path, schema: int = 1) -> dict[str, Any]:
         content = json.loads(Path(path).read_text())
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; run the stage that writes it first") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); give the directory that holds it") from None
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}); remove it and run its stage again") from None
     if not isinstance(content, dict) or content.get("schema") != schema:

@@ -51,7 +51,7 @@ class KeptShard:
     record: ShardRecord
     ids: np.ndarray  # int32 ascending
     counts: Counts
-    weight: float  # in the blend; 0 where nothing is kept
+    weight: float  # in the blend; 0 where nothing is kept, or sequences without a token
 
 
 def write_selection(
@@ -84,11 +84,11 @@ def replacing(directory: Path) -> Iterator[Path]:
 
     :raises UserError: if it cannot be written, or something else than a selection is there.
     """
-    directory = Path(directory)
+    directory = Path(os.path.abspath(directory))  # one that has a name
     staging, former = (directory.with_name(f".{directory.name}.{suffix}") for suffix in ("unfinished", "former"))
-    if directory.exists() and any(directory.iterdir()) and not (directory / _MANIFEST).exists():
-        raise UserError(f"{directory} holds something else than a selection; remove it, or give another directory")
     try:
+        if not _may_be_replaced(directory):
+            raise UserError(f"{directory} holds something else than a selection; remove it, or give another directory")
         for left in (staging, former):  # by a kill
             if left.exists():
                 shutil.rmtree(left)
@@ -102,11 +102,25 @@ def replacing(directory: Path) -> Iterator[Path]:
         shutil.rmtree(former, ignore_errors=True)
     except OSError as error:
         raise UserError(
-            f"{directory} cannot be written ({error.strerror}); make room or change its permissions, and run the "
-            "select stage again"
+            f"{directory} cannot be written ({error.strerror or error}); make room or change its permissions, and "
+            "try again"
         ) from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _may_be_replaced(directory: Path) -> bool:
+    """Whether there is nothing, or a selection: scores have a manifest too, and took hours."""
+    if not directory.exists():
+        return True
+    if not directory.is_dir():
+        return False
+    if not (directory / _MANIFEST).exists():
+        return not any(directory.iterdir())
+    try:
+        return "blend" in read_json(directory / _MANIFEST)
+    except UserError:
+        return False
 
 
 def write_ids(path: Path, parts: Iterable[np.ndarray]) -> None:
@@ -141,12 +155,12 @@ def write_manifest(
     :param facts: what the selection was made by and from, for the manifest; `sources` holds digests by name.
     :raises UserError: if nothing is kept at all.
     """
-    if not any(len(shard.ids) for shard in shards):
+    if not any(shard.weight for shard in shards):
         raise UserError(
             "the selection would be empty: what is asked for is less than one sequence; use a larger pool, fewer "
             "rounds or a larger share"
         )
-    blend = [(shard.weight, shard.record.prefix) for shard in shards if len(shard.ids)]
+    blend = [(shard.weight, shard.record.prefix) for shard in shards if shard.weight]
     if not any(character.isspace() for _, prefix in blend for character in prefix):  # Megatron splits at spaces
         with open(directory / "blend.txt", "w") as stream:
             stream.writelines(f"{weight!r} {prefix}\n" for weight, prefix in blend)
@@ -244,12 +258,12 @@ class Selection:
     @property
     def blend(self) -> list[tuple[float, str]]:
         """(weight, prefix) of every shard of which something is kept; the weights sum to 1."""
-        return [(shard.weight, shard.record.prefix) for shard in self.shards if len(shard.ids)]
+        return [(shard.weight, shard.record.prefix) for shard in self.shards if shard.weight]
 
     @property
     def dropped(self) -> list[str]:
         """Prefixes of the shards of which nothing is kept."""
-        return [shard.record.prefix for shard in self.shards if not len(shard.ids)]
+        return [shard.record.prefix for shard in self.shards if not shard.weight]
 
     @property
     def domains(self) -> dict[str, Counts]:
