@@ -23,9 +23,10 @@ _CHOICES = {
     "bilevel.curvature": ("none", "finite-difference", "gauss-newton", "exact"),
     "bilevel.solver": ("averaged", "conjugate-gradient", "paper"),
     "perplexity.keep": ("low", "middle", "high"),
-    "selection.blend": ("pool", "keep", "score"),
-    "selection.pool": ("slice", "all"),
 }
+_SELECTION_CHOICES = {"blend": ("pool", "keep", "score"), "pool": ("slice", "all")}
+_ROUNDING = 1e-12  # of sums of shares: less than a token of any pool
+_MAX_FLOAT32 = 3.4028234663852886e38
 _POSITIVE = (
     "rounds",
     "round_steps",
@@ -93,9 +94,7 @@ def check(settings: Any) -> None:
     if missing:
         raise UserError(f"settings without a value: {', '.join(missing)}; give them in the YAML file or as key=value")
     for key, choices in _CHOICES.items():
-        value = OmegaConf.select(settings, key)
-        if value not in choices:
-            raise UserError(f"{key} is {value!r}; it must be one of {', '.join(choices)}")
+        _check_choice(key, OmegaConf.select(settings, key), choices)
     for keys, holds, rule in _RULES:
         for key in keys:
             if not holds(value := OmegaConf.select(settings, key)):
@@ -122,6 +121,11 @@ def check(settings: Any) -> None:
         )
 
 
+def _check_choice(key: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UserError(f"{key} is {value!r}; it must be one of {', '.join(choices)}")
+
+
 def _check_pool_lasts(settings: Any) -> None:
     """With one pool for all rounds, each takes a fraction of all of it; the warm-up has taken a part of its slice."""
     selection, warmup = settings.selection, settings.warmup
@@ -141,6 +145,8 @@ def check_selection(selection: Any, domains: list[str]) -> None:
     """:param selection: a `SelectionConfig`.
     :raises UserError: naming the first setting that cannot work.
     """
+    for name, choices in _SELECTION_CHOICES.items():
+        _check_choice(f"selection.{name}", getattr(selection, name), choices)
     sizes = [name for name in ("fraction", "tokens", "threshold") if getattr(selection, name) is not None]
     if len(sizes) != 1:
         given = " and ".join(f"selection.{name}" for name in sizes) or "nothing"
@@ -150,6 +156,11 @@ def check_selection(selection: Any, domains: list[str]) -> None:
     rules: list[tuple[str, bool, str]] = [
         ("fraction", selection.fraction is None or 0 < selection.fraction <= 1, "must be above 0 and at most 1"),
         ("tokens", selection.tokens is None or selection.tokens > 0, "must be above 0"),
+        (
+            "threshold",
+            selection.threshold is None or abs(selection.threshold) <= _MAX_FLOAT32,
+            "must be a number that a float32 can hold",
+        ),
         ("min_length", selection.min_length >= 0, "must not be below 0"),
         (
             "max_length",
@@ -188,10 +199,10 @@ def _check_quotas(selection: Any, domains: list[str]) -> None:
             )
     least = sum(quota.minimum for quota in quotas.values())
     most = sum(quotas[name].maximum if name in quotas else 1.0 for name in domains)
-    if least > 1 + 1e-9 or most < 1 - 1e-9:
+    if least > 1 + _ROUNDING or most < 1 - _ROUNDING:
         what = (
             f"minimums sum to {least:.4g}, which is above 1"
-            if least > 1 + 1e-9
+            if least > 1 + _ROUNDING
             else f"maximums sum to {most:.4g}, below 1"
         )
         raise UserError(f"selection.quotas: {what}; no selection can have these shares")

@@ -18,7 +18,7 @@ from megatron_bliss.data.inventory import Inventory
 from megatron_bliss.data.ledger import Ledger
 from megatron_bliss.data.scores import ScoreWriter
 from megatron_bliss.data.selection import Selection
-from megatron_bliss.data.shards import Shard, ShardRecord
+from megatron_bliss.data.shards import Shard, ShardRecord, ShardWriter, take_inventory
 from megatron_bliss.data.slices import HELD_OUT, Slicing
 from megatron_bliss.errors import UserError
 from megatron_bliss.orchestration.plan import plan
@@ -323,6 +323,54 @@ def test_scores_without_a_run(bare: Path, tmp_path: Path) -> None:
         assert not np.isin(second.ids, first.ids).any()
 
 
+@pytest.mark.parametrize("place", ["scores", "scores/manifest.json", "."])
+def test_what_is_no_selection_stays(bare: Path, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(bare)
+    before = {path: path.read_bytes() for path in bare.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="holds something else than a selection"):
+        select_scores.run(bare / "scores", Path(place), [], [])
+    assert {path: path.read_bytes() for path in bare.rglob("*") if path.is_file()} == before
+
+
+def test_an_earlier_selection_is_not_overwritten(bare: Path, tmp_path: Path) -> None:
+    select_scores.run(bare / "scores", tmp_path / "one", [], [])
+    with pytest.raises(UserError, match="is an --earlier selection too"):
+        select_scores.run(bare / "scores", tmp_path / "one", [], [tmp_path / "one"])
+
+
+@pytest.mark.parametrize("settings", [["threshold=8"], ["tokens=1"]])
+def test_nothing_but_sequences_without_a_token(tmp_path: Path, settings: list[str]) -> None:
+    for name, lengths in {"some": (0, 5, 0), "none": (0,)}.items():
+        with ShardWriter(tmp_path / name, np.uint16) as shard:
+            for length in lengths:
+                shard.add_document([[1] * length])
+    records = take_inventory({"": [str(tmp_path / "some"), str(tmp_path / "none")]})
+    write_json(tmp_path / "scores/shards.json", {"schema": 1, "shards": [asdict(record) for record in records]})
+    wanted = {record.name: np.arange(record.num_sequences, dtype=np.int32) for record in records}
+    writer = ScoreWriter(tmp_path / "scores", records, wanted, method="bliss", model_digest="m", seed=1,
+                         chunk_sequences=100)  # fmt: skip
+    for chunk, scores in zip(list(writer.pending()), ([9, 1, 9], [9]), strict=True):
+        writer.write(chunk, np.array(scores, dtype=np.float32))
+    for output in (None, tmp_path / "out"):
+        with pytest.raises(UserError, match="the selection would be empty"):
+            select_scores.run(tmp_path / "scores", output, settings, [], dry_run=output is None)
+    assert not (tmp_path / "out").exists()
+    select_scores.run(tmp_path / "scores", tmp_path / "out", ["fraction=1"], [])
+    selection = Selection.open(tmp_path / "out")
+    assert selection.blend == [(1.0, records[0].prefix)]
+    assert selection.dropped == [records[1].prefix]
+
+
+def test_maximums_that_leave_nothing_over(bare: Path, tmp_path: Path) -> None:
+    """They are rounded down to tokens, so they sum to one less than an odd budget."""
+    domains = ["domains.web=web*", "domains.code=code*", "quotas.web.maximum=0.5", "quotas.code.maximum=0.5"]
+    select_scores.run(bare / "scores", tmp_path / "out", ["tokens=901", *domains], [])
+    selection = Selection.open(tmp_path / "out")
+    assert selection.manifest["requested_tokens"] == 900
+    for counts in selection.domains.values():
+        assert 0 <= 450 - counts.kept_tokens < LONGEST
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -333,6 +381,12 @@ def test_scores_without_a_run(bare: Path, tmp_path: Path) -> None:
         (["domains.web=web*"], "shard code0 fits none of web"),
         (["weights.x=1"], "weights are given for x"),
         (["quotas.x.maximum=0.5"], "names domain 'x'; the pool has all"),
+        (["blend=x"], "selection.blend is 'x'; it must be one of"),
+        (["pool=slice"], "pool is 'slice'; scores without a run have no slices"),
+        (["weights.all=-1"], "domain 'all' weight -1.0; it must be above 0"),
+        (["threshold=nan"], "selection.threshold is nan"),
+        (["threshold=1e40"], "it must be a number that a float32 can hold"),
+        (["tokens=999999"], "asks for 999999 tokens, and [0-9]+ are to be had; use a larger pool or ask for less"),
     ],
 )
 def test_bad_settings_without_a_run(bare: Path, tmp_path: Path, settings: list[str], message: str) -> None:

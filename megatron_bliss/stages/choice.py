@@ -182,7 +182,7 @@ def _choose(choice: Choice, staging: Path | None) -> Chosen:
         Counts(tally.sequences, tally.tokens, int(sequences), int(tokens))
         for tally, sequences, tokens in zip(tallies, counted.sequences, counted.tokens, strict=True)
     ]
-    if not any(count.kept_sequences for count in counts):
+    if not any(count.kept_tokens for count in counts):
         raise UserError(
             f"the selection would be empty: {_asked(settings)} of {counted.sequences.sum()} candidates with "
             f"{counted.tokens.sum()} tokens is less than one sequence; use a larger pool, fewer rounds or ask for more"
@@ -247,7 +247,7 @@ def limits_of(settings: SelectionConfig, domains: Sequence[str], tokens: dict[st
     for domain, quota in settings.quotas.items():
         minimum[groups[domain]] = math.floor(quota.minimum * budget)
         maximum[groups[domain]] = math.floor(quota.maximum * budget)
-    return Limits(minimum, maximum), budget
+    return Limits(minimum, maximum), min(budget, int(maximum.sum()))  # rounded down, they may be a few tokens less
 
 
 def _tokens_by_domain(choice: Choice, counted: Counted) -> dict[str, int]:
@@ -262,17 +262,17 @@ def _check_enough(choice: Choice, groups: dict[str, int], limits: Limits, counte
     reachable = int(np.minimum(limits.maximum, counted.available).sum())
     if reachable >= budget:
         return
-    settings, remedy = choice.settings, "use a larger pool or ask for less"
+    settings, remedy, untaken = choice.settings, "use a larger pool or ask for less", ""
     if choice.ledger.num_rounds:
+        untaken = (
+            f": of the {counted.tokens.sum()} of all candidates, {counted.available.sum()} were taken by fewer than "
+            f"{settings.max_repeats} earlier rounds"
+        )
         remedy = f"raise selection.max_repeats ({settings.max_repeats}), use a larger pool or ask for less"
     scarce = [domain for domain, group in groups.items() if counted.available[group] < limits.maximum[group]]
     if settings.quotas:
         remedy = f"there is too little of {', '.join(scarce)}; raise the maximums of selection.quotas, or ask for less"
-    raise UserError(
-        f"{_asked(settings)} asks for {budget} tokens, and {reachable} are to be had: of the {counted.tokens.sum()} of "
-        f"all candidates, {counted.available.sum()} were taken by fewer than {settings.max_repeats} earlier rounds; "
-        f"{remedy}"
-    )
+    raise UserError(f"{_asked(settings)} asks for {budget} tokens, and {reachable} are to be had{untaken}; {remedy}")
 
 
 def _asked(settings: SelectionConfig) -> str:

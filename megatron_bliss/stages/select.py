@@ -1,6 +1,7 @@
 """`select`: keep the best part of a round's candidates, or of any scored shards; `warmup-select`: a random part of
 slice 0."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from megatron_bliss.methods.offline import OfflineMethod
 from megatron_bliss.methods.random import Random
 from megatron_bliss.stages.choice import Choice, Chosen, choose
 from megatron_bliss.stages.inventory import run_inventory
+
+_WIDTH = 120  # where there is no terminal
 
 
 def run(run_dir: Path, round_number: int | None, dry_run: bool = False) -> None:
@@ -53,8 +56,10 @@ def finish(choice: Choice, directory: Path, dry_run: bool) -> None:
 def round_choice(paths: RunPaths, config: RunConfig, round_number: int | None) -> Choice:
     """What a round's selection is made of and by; for None, the warm-up's.
 
-    :raises UserError: if scores or an earlier selection that is needed are missing.
+    :raises UserError: if the run has no such round, or scores or an earlier selection that is needed are missing.
     """
+    if round_number is not None and round_number > config.rounds:
+        raise UserError(f"{paths.root} has rounds 1 to {config.rounds}; there is no round {round_number}")
     inventory = run_inventory(paths.root, config)
     seed = selection_seed(config, paths, round_number)
     slicing, number = Slicing.of(config, inventory), round_number or 0
@@ -180,13 +185,13 @@ def show(choice: Choice, chosen: Chosen) -> None:
             "" if threshold is None else f"{threshold:.6g}",
             f"{weights[domain]:.2%}",
         )
-    Console().print(table)
+    Console(width=None if os.isatty(1) else _WIDTH).print(table)
 
 
 def _say(choice: Choice, chosen: Chosen) -> None:
     total = sum(chosen.counts, Counts(0, 0, 0, 0))
     names = zip(choice.records, chosen.counts, strict=True)
-    dropped = [record.prefix for record, counts in names if not counts.kept_sequences]
+    dropped = [record.prefix for record, counts in names if not counts.kept_tokens]
     line = (
         f"[{choice.stage}] {choice.method.name} keeps {total.kept_sequences} of {total.slice_sequences} sequences, "
         f"{total.kept_tokens} of {total.slice_tokens} tokens"

@@ -3,6 +3,7 @@
 The scores are a directory that `tools/score_shards.py` wrote: `shards.json` lists the shards.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -50,13 +51,22 @@ def run(
     """
     if output is None and not dry_run:
         raise UserError(f"--scores {scores} needs --output DIR for the selection, or --dry-run")
+    if output and output.resolve() in (directory.resolve() for directory in earlier):
+        raise UserError(f"--output {output} is an --earlier selection too; give another directory")
     settings, files = load_settings(overrides), ScoreFiles(scores)
     listing = [ShardRecord(**record) for record in read_json(scores / "shards.json")["shards"]]
     records = [replace(record, domain=_domain(record, settings.domains)) for record in listing]
+    if not records:
+        raise UserError(f"{scores / 'shards.json'} lists no shards; score at least one")
     names = list(dict.fromkeys(record.domain for record in records))
     check_selection(settings, names)
+    if settings.pool != "all":
+        raise UserError(f"pool is {settings.pool!r}; scores without a run have no slices, so leave it out")
     if settings.weights and settings.weights.keys() != set(names):
         raise UserError(f"weights are given for {', '.join(settings.weights)}; the domains are {', '.join(names)}")
+    for name, weight in settings.weights.items():
+        if not 0 < weight < math.inf:
+            raise UserError(f"weights gives domain {name!r} weight {weight}; it must be above 0")
     ledger = Ledger([Selection.open(directory) for directory in earlier])
     choice = Choice(
         stage="select",
