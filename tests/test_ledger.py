@@ -1,5 +1,6 @@
 """The ledger of earlier selections, and candidates read in spans."""
 
+import tracemalloc
 from itertools import pairwise
 from pathlib import Path
 
@@ -48,6 +49,16 @@ def test_uses_are_counted_by_content(tmp_path: Path, record: ShardRecord, ledger
     assert Ledger().digest != ledger.digest
     with pytest.raises(UserError, match="256 earlier selections"):
         Ledger([None] * 256)  # type: ignore[list-item]
+
+
+def test_a_span_of_a_large_selection_takes_no_memory_for_the_rest(tmp_path: Path, record: ShardRecord) -> None:
+    ledger = Ledger([select(tmp_path / "one", {record.prefix: np.array([1])})])
+    np.save(tmp_path / "one" / f"{record.name}.npy", np.arange(1 << 20, dtype=np.int32))
+    tracemalloc.start()
+    assert ledger.uses(record, 5, 9).tolist() == [1] * 4
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 17, "bytes; the ids are four million"
 
 
 @settings(max_examples=40, deadline=None)

@@ -40,6 +40,6 @@ class Ledger:
         uses = np.zeros(stop - start, dtype=np.uint8)
         for path in self._files.get(record.digest, ()):
             ids = np.load(path, mmap_mode="r", allow_pickle=False)
-            first, last = np.searchsorted(ids, [start, stop])
+            first, last = np.searchsorted(ids, np.array([start, stop], ids.dtype))  # else all ids would be converted
             uses[np.asarray(ids[first:last]) - start] += 1
         return uses
