@@ -60,15 +60,17 @@ def test_files_appear_whole_and_the_description_last(tmp_path: Path, monkeypatch
 def test_what_a_killed_preparation_left_is_removed(tmp_path: Path) -> None:
     mine = building._partial(tmp_path)
     (mine / "file").touch()
-    dead, other = (
-        mine.with_name(name) for name in (f"{mine.name.rpartition('-')[0]}-999999999", ".prepare-elsewhere-1")
+    host = mine.name.partition("@")[2]
+    dead, other, like_mine = (
+        mine.with_name(f".prepare-{name}") for name in (f"999999999@{host}", "999999999@elsewhere", f"9@{host}-9")
     )
-    dead.mkdir()
-    other.mkdir()
+    for directory in (dead, other, like_mine):
+        directory.mkdir()
     assert building._partial(tmp_path) == mine
     assert not list(mine.iterdir())
     assert not dead.exists()
     assert other.exists(), "another machine's may be at work"
+    assert like_mine.exists()
 
 
 def test_a_round_is_prepared_once_for_its_selection(

@@ -139,11 +139,11 @@ class _Builder:
 
 def _partial(cache: Path) -> Path:
     """An empty directory inside `cache`; what killed preparations of this machine left there is removed."""
-    mine = f".prepare-{socket.gethostname()}-"
-    for left in cache.glob(f"{mine}*"):
-        if not psutil.pid_exists(int(left.name.removeprefix(mine))):
+    before, behind = ".prepare-", f"@{socket.gethostname()}"  # no other machine's name ends so
+    for left in cache.glob(f"{before}*{behind}"):
+        if not psutil.pid_exists(int(left.name.removeprefix(before).removesuffix(behind))):
             shutil.rmtree(left, ignore_errors=True)
-    directory = cache / f"{mine}{os.getpid()}"
+    directory = cache / f"{before}{os.getpid()}{behind}"
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     return directory
