@@ -270,6 +270,13 @@ def test_a_table_that_does_not_fit_is_refused(
     assert not (tmp_path / "selection").exists()
 
 
+def test_a_column_of_a_table_is_there_once(trained: Trained, tmp_path: Path) -> None:
+    names, values = ["shard", "shard", "id"], [["a"], ["a"], [1]]
+    pyarrow.parquet.write_table(pyarrow.table(list(map(pyarrow.array, values)), names), tmp_path / "own.parquet")
+    with pytest.raises(UserError, match="has more than one column 'shard'"):
+        exchange.import_selection(trained[0].root, tmp_path / "own.parquet", tmp_path / "selection")
+
+
 def test_a_file_that_is_no_table_is_refused(trained: Trained, table: Path, tmp_path: Path) -> None:
     root = trained[0].root
     table.write_bytes(table.read_bytes()[:-20])

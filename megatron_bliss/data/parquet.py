@@ -69,7 +69,9 @@ def write_rows(path: Path, parts: Iterable[Rows], facts: Mapping[str, str]) -> i
                 writer.write_batch(_batch(part, schema), row_group_size=ROW_GROUP)
                 count += len(part.ids)
     except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror or error}); give a place with room") from None
+        raise UserError(
+            f"{path} cannot be written ({error.strerror or error}); give the name of a file, where there is room"
+        ) from None
     return count
 
 
@@ -148,6 +150,8 @@ def _checked_columns(path: Path, schema: Any) -> list[str]:
         "kept": ("booleans", pyarrow.types.is_boolean),
     }
     for name, (kind, holds) in kinds.items():
+        if schema.names.count(name) > 1:
+            raise UserError(f"{path} has more than one column {name!r}; leave only one")
         if name not in schema.names:
             if name in ("shard", "id"):
                 raise UserError(f"{path} has no column {name!r}; it has {', '.join(schema.names)}")
@@ -158,7 +162,7 @@ def _checked_columns(path: Path, schema: Any) -> list[str]:
 
 def _is_string(kind: Any) -> bool:
     kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
-    return bool(pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind))
+    return str(kind) in ("string", "large_string", "string_view")
 
 
 def _column(path: Path, name: str, array: Any) -> np.ndarray:

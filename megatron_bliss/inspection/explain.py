@@ -32,7 +32,7 @@ def show(run_dir: Path, name: str, as_json: bool) -> None:
     :raises UserError: for a name that is not one of a sequence in the pool.
     """
     facts = explain(Run(run_dir), name)
-    print(json.dumps(facts, indent=1)) if as_json else _print(facts)
+    print(json.dumps(facts, indent=1, allow_nan=False)) if as_json else _print(facts)
 
 
 def explain(run: Run, name: str) -> dict[str, Any]:
@@ -54,7 +54,8 @@ def explain(run: Run, name: str) -> dict[str, Any]:
         "id": sequence_id,
         "domain": record.domain,
         "tokens": length,
-        "slice": None if number == HELD_OUT else number,
+        "slice": None if number == HELD_OUT or (run.slicing.is_shared and number) else number,
+        "in_every_round": run.slicing.is_shared and number != HELD_OUT,
         "held_out": number == HELD_OUT,
         "rounds": rounds,
         "text": run.text(record, sequence_id),
@@ -77,7 +78,7 @@ def _find(run: Run, name: str) -> tuple[ShardRecord, int]:
 
 
 def _is_kept(one: Round, record: ShardRecord, sequence_id: int) -> bool:
-    return bool(one.kept(record, np.array([sequence_id]))[0])
+    return bool(one.kept(record, np.array([sequence_id], dtype=np.int32))[0])
 
 
 def _round(one: Round, record: ShardRecord, sequence_id: int, length: int) -> dict[str, Any]:
@@ -112,10 +113,10 @@ def _standing(one: Round, record: ShardRecord, sequence_id: int) -> dict[str, An
         rank += int(is_before.sum())
         below += int((chunk.scores < score).sum())
         total += len(chunk.ids)
-    given = one.choice.scores(record, own.ids)[0]
+    given, compared = np.nan_to_num([one.choice.scores(record, own.ids)[0], score])  # JSON has no infinity
     return {
         "score": float(given),
-        "compared": float(score),
+        "compared": float(compared),
         "uses": uses,
         "rank": rank,
         "of": total,
@@ -140,7 +141,8 @@ def _why(one: Round, facts: dict[str, Any], length: int) -> str:
     if facts["threshold"] is None:
         return "nothing of its domain is kept"
     if facts["compared"] < facts["threshold"]:
-        return f"its score is below the threshold, {facts['threshold']:.6g}"
+        changed = "" if facts["compared"] == facts["score"] else f", as it is compared ({facts['compared']:.6g}),"
+        return f"its score{changed} is below the threshold, {facts['threshold']:.6g}"
     if facts["uses"]:
         return "earlier rounds took it, and sequences that none had taken came first"
     return f"its score is the threshold's, {facts['threshold']:.6g}, and equal ones before it used up the tokens"
@@ -166,8 +168,9 @@ def _training(one: Round, record: ShardRecord, sequence_id: int, length: int) ->
 
 def _print(facts: dict[str, Any]) -> None:
     console = Console(width=None if os.isatty(1) else 120, highlight=False)
-    place = "held out of every slice" if facts["held_out"] else f"slice {facts['slice']}"
-    place += " (the warm-up's)" if facts["slice"] == 0 else ""
+    places = ["slice 0 (the warm-up's)"] if facts["slice"] == 0 else []
+    places += ["the slice of every round"] if facts["in_every_round"] else []
+    place = "held out of every slice" if facts["held_out"] else " and ".join(places) or f"slice {facts['slice']}"
     console.print(f"{facts['shard']}:{facts['id']} | {facts['domain']} | {facts['tokens']} tokens | {place}")
     if facts["rounds"]:
         table = Table(box=SIMPLE_HEAD, pad_edge=False)
