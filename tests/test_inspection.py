@@ -11,17 +11,19 @@ import pytest
 from megatron_bliss.artifacts import RunPaths
 from megatron_bliss.config import RunConfig
 from megatron_bliss.data import parquet
+from megatron_bliss.data.scores import ScoreWriter
 from megatron_bliss.data.selection import Selection
 from megatron_bliss.data.shards import Shard
-from megatron_bliss.data.slices import Slicing
+from megatron_bliss.data.slices import HELD_OUT, Slicing, slice_numbers
 from megatron_bliss.errors import UserError
 from megatron_bliss.inspection import exchange, tables
 from megatron_bliss.inspection import explain as explaining
 from megatron_bliss.inspection.overview import overview
 from megatron_bliss.inspection.rounds import Run
+from megatron_bliss.stages import inventory, select
 from tests import launch
 from tests.numbered_run import BATCH, ROUNDS, STEPS, numbered_run
-from tests.toy_shards import fake_record
+from tests.toy_shards import fake_record, write_run
 
 RECORDING_SCRIPT = Path(__file__).parent / "scripts" / "recording_gpt.py"
 Trained = tuple[RunPaths, RunConfig, dict[int, set[int]]]
@@ -142,6 +144,46 @@ def _drawn(rounds: list[dict[str, Any]]) -> dict[str, Any]:
 def test_a_name_of_no_sequence_is_refused(name: str, sentence: str, trained: Trained) -> None:
     with pytest.raises(UserError, match=sentence):
         explaining.explain(Run(trained[0].root), name)
+
+
+def test_rounds_on_the_whole_pool_share_their_slice(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", {"a": [200]}, ["method=random", "selection.pool=all", "selection.fraction=0.5",
+                                               "warmup.fraction=1.0", "warmup.target_steps=0", "rounds=1"])  # fmt: skip
+    inventory.run(tmp_path / "run")
+    for number in (None, 1):
+        select.run(tmp_path / "run", number)
+    run = Run(tmp_path / "run")
+    [overlap] = overview(run.round(1), 0)["overlap"]
+    warmup, kept = (run.round(number).selection.ids(run.inventory.pool[0].prefix) for number in (0, 1))
+    assert overlap["shared_sequences"] == len(np.intersect1d(warmup, kept)) > 0
+    assert not overlap["disjoint_slices"]
+    for number, slice_number, rounds in ((HELD_OUT, None, []), (0, 0, [0, 1]), (1, None, [1])):
+        share = run.slicing.held_out_share("a")
+        numbers = slice_numbers(run.inventory.pool[0], run.slicing.seed, run.slicing.num_slices, share)
+        facts = explaining.explain(run, f"a0:{np.flatnonzero(numbers == number)[0]}")
+        assert facts["slice"] == slice_number
+        assert facts["in_every_round"] == (1 in rounds)
+        assert [each["round"] for each in facts["rounds"]] == rounds
+
+
+def test_infinite_scores_are_explained_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_run(tmp_path / "run", {"a": [200]}, ["rounds=1"])
+    inventory.run(tmp_path / "run")
+    run = Run(tmp_path / "run")
+    ids = Slicing.of(config, run.inventory).ids_by_name(1)
+    writer = ScoreWriter(run.paths.scores(1), run.inventory.pool, ids, method="bliss", model_digest="m", seed=1,
+                         chunk_sequences=1000)  # fmt: skip
+    [chunk] = list(writer.pending())
+    writer.write(chunk, np.full(len(chunk.ids), -np.inf, dtype=np.float32))
+    select.run(tmp_path / "run", 1)
+    explaining.show(tmp_path / "run", f"a0:{chunk.ids[-1]}", True)
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    printed = capsys.readouterr().out
+    facts = json.loads(printed[printed.index("{") :], parse_constant=refuse)
+    assert "its score is the threshold's" in facts["rounds"][0]["why"]
 
 
 # --- a whole round

@@ -212,6 +212,8 @@ class Selection:
         """
         directory = Path(directory)
         manifest = read_json(directory / _MANIFEST)
+        if "blend" not in manifest:
+            raise UserError(f"{directory / _MANIFEST} is not a selection's; give the directory of one")
         shards = []
         for entry in manifest["shards"]:
             record, counts = ShardRecord(**entry["record"]), Counts(**entry["counts"])

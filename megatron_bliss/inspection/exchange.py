@@ -12,6 +12,7 @@ from megatron_bliss.data.selection import Counts, KeptShard, Selection, write_se
 from megatron_bliss.data.shards import verify_shard
 from megatron_bliss.errors import UserError
 from megatron_bliss.inspection.rounds import Round, Run
+from megatron_bliss.stages.select import tokenizer_facts
 
 METHOD = "imported"
 
@@ -72,6 +73,9 @@ def import_selection(run_dir: Path, path: Path, directory: Path) -> None:
         thresholds={record.domain: None for record in run.inventory.pool},
         blend_policy="pool",
         sources={"inventory": run.inventory.digest, "table": digest_file(path)},
+        round=None,
+        score_model=None,
+        tokenizer=tokenizer_facts(run.config.data.tokenizer),
     )
     selection = Selection.open(directory)
     print(

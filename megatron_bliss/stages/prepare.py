@@ -47,6 +47,6 @@ def _is_complete(record: Path, sources: dict[str, str], cache: Path) -> bool:
     if not record.exists():
         return False
     known = read_json(record)
-    return bool(known["sources"] == sources) and all(
+    return bool(known.get("sources") == sources) and all(
         (cache / name).is_file() and (cache / name).stat().st_size == size for name, size in known["files"].items()
     )
