@@ -128,13 +128,13 @@ class BilevelConfig:
     lambda_: float = 1e-6  # weight of ‖θ_p‖²
     weights: str = "softmax"  # softmax of the scores over the batch | naive: score / batch size
     restart_score: bool = False  # a fresh score model in each round
-    curvature: str = "finite-difference"  # none | finite-difference | gauss-newton | exact (TP 1, plain torch ops)
+    curvature: str = "gauss-newton"  # none | finite-difference | gauss-newton | exact (TP 1, plain torch ops)
     solver: str = "averaged"  # averaged: warm-started, running average of ∇f | conjugate-gradient: the same, z_steps
     # iterations of it, for curvature gauss-newton | paper: restarted from a constant
     z_steps: int = 1  # steps on the linear system in each outer step
     z_lr: float = 0.05
     damping: float = 1.0  # δ
-    gradient_average: float = 0.9  # β of the running average of ∇f; 0 uses the last batch alone
+    gradient_average: float = 0.99  # β of the running average of ∇f; 0 uses the last batch alone
     checkpoint_interval: int = 100  # outer steps
 
     @property

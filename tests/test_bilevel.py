@@ -17,7 +17,7 @@ from megatron_bliss.bilevel.hypergradient import directional_derivatives, score_
 from megatron_bliss.bilevel.loop import BilevelLoop, LoopSettings
 from megatron_bliss.bilevel.objective import entropy, importance_weights, score_coefficients, scores_from_logits
 from megatron_bliss.bilevel.optimizer import lr_factor
-from megatron_bliss.bilevel.solvers import Averaged, ConjugateGradient, Paper, Solver
+from megatron_bliss.bilevel.solvers import Averaged, ConjugateGradient, Paper, Product, Solution, Solver
 from megatron_bliss.bilevel.space import ParameterSpace, Vector
 from megatron_bliss.errors import UserError
 from tests.toy_bilevel import (
@@ -42,6 +42,11 @@ RIDGE = 0.05
 def pool_of(lower: ToyLower, samples: Samples, size: int, weights: torch.Tensor) -> Pool[Samples]:
     """A global batch in micro-batches of `size`, the last one smaller."""
     return Pool(lower, samples.split(size), weights.split(size), RIDGE)
+
+
+def advance(solver: Solver, product: Product, gradient: Vector) -> Solution:
+    solver.take_in([part.clone() for part in gradient])
+    return solver.step(product)
 
 
 def train(lower: ToyLower, batch: Samples, weights: torch.Tensor, steps: int = 100) -> None:
@@ -84,7 +89,7 @@ def test_hypergradient_agrees_with_the_dense_hessian(lower: ToyLower, curvature:
         lower.add_validation_gradient(batch, f_gradient)
     solver = Averaged(lower.space, lr=0.3, damping=damping, beta=0.0)
     for _ in range(400):
-        solution = solver.step(lambda v: curvature.product(problem, v), f_gradient)
+        solution = advance(solver, lambda v: curvature.product(problem, v), f_gradient)
     assert float(solution.residual) < 1e-6
     evaluation = curvature.evaluate(problem, solver.z)
     coefficients = score_coefficients(weights, evaluation.derivatives, "softmax")
@@ -162,12 +167,12 @@ def test_conjugate_gradient_solves_the_damped_system(lower: ToyLower) -> None:
     b = lower.space.zeros()
     lower.add_validation_gradient(validation, b)
     solver = ConjugateGradient(lower.space, damping=0.5, beta=0.0, steps=int(lower.space.numel()))
-    solution = solver.step(lambda v: GaussNewton().product(problem, v), b)
+    solution = advance(solver, lambda v: GaussNewton().product(problem, v), b)
     assert float(solution.contained) == 0
     dense = dense_gauss_newton(lower, pool, weights, RIDGE)
     expected = torch.linalg.solve(dense + 0.5 * torch.eye(len(dense), dtype=dense.dtype), flat(b))
     assert relative_error(flat(solver.z), expected) < 1e-6
-    again = solver.step(lambda v: GaussNewton().product(problem, v), b)  # it goes on from there
+    again = advance(solver, lambda v: GaussNewton().product(problem, v), b)  # it goes on from there
     assert float(again.residual) < 1e-6
     assert float(again.contained) == 0
 
@@ -178,16 +183,16 @@ def test_conjugate_gradient_contains_what_breaks_it() -> None:
     solver = ConjugateGradient(space, damping=0.5, beta=0.9, steps=3)
     contained = 0.0
     for _ in range(50):
-        solution = solver.step(lambda v: [h * v[0]], b)
+        solution = advance(solver, lambda v: [h * v[0]], b)
         contained += float(solution.contained)
         assert bool(torch.isfinite(solver.z[0]).all())
     assert contained > 40
     before = solver.z[0].clone()
     for bad in (float("nan"), float("inf")):
-        assert float(solver.step(lambda v: [h * v[0] * bad], b).contained) == 1  # noqa: B023
+        assert float(advance(solver, lambda v: [h * v[0] * bad], b).contained) == 1  # noqa: B023
         assert torch.equal(solver.z[0], before)
     zero = ConjugateGradient(space, damping=0.5, beta=0.0, steps=2)
-    assert float(zero.step(lambda v: [h * v[0]], [torch.zeros(3, dtype=torch.float64)]).contained) == 0
+    assert float(advance(zero, lambda v: [h * v[0]], [torch.zeros(3, dtype=torch.float64)]).contained) == 0
 
 
 def test_finite_differences_share_gradient_and_derivatives(lower: ToyLower) -> None:
@@ -266,7 +271,7 @@ def test_hypergradient_agrees_with_brute_force_through_the_argmin(kind: str) -> 
     problem = Pool(lower, [pool], [weights], RIDGE)
     solver = Averaged(lower.space, lr=1.0, damping=0.0, beta=0.0)
     for _ in range(250):
-        solver.step(lambda v: FiniteDifference().product(problem, v), f_gradient)
+        advance(solver, lambda v: FiniteDifference().product(problem, v), f_gradient)
     derivatives = directional_derivatives(lower, [pool], solver.z)
     coefficients = score_coefficients(weights, derivatives, kind)  # type: ignore[arg-type]
     actual = flat(score_gradient(upper, [pool], score_logits(upper, [pool]), coefficients))
@@ -328,7 +333,7 @@ def test_negative_curvature_is_contained() -> None:
     solver = Averaged(space, lr=0.1, damping=0.5, beta=0.9)
     contained = 0.0
     for _ in range(500):
-        solution = solver.step(lambda v: [h * v[0]], b)
+        solution = advance(solver, lambda v: [h * v[0]], b)
         contained += float(solution.contained)
         # the bound that holds for every positive semi-definite H: ‖z‖ ≤ ‖b‖/δ
         assert float(solution.norm) <= 3**0.5 / 0.5 * (1 + 1e-12)
@@ -339,7 +344,7 @@ def test_too_large_a_step_is_cut_back() -> None:
     space, h = diagonal([100.0, 1.0])
     solver = Averaged(space, lr=0.5, damping=0.1, beta=0.0)  # 0.5 · 100 is far beyond stability
     b: Vector = [torch.tensor([1.0, 1.0], dtype=torch.float64)]
-    contained = sum(float(solver.step(lambda v: [h * v[0]], b).contained) for _ in range(1500))
+    contained = sum(float(advance(solver, lambda v: [h * v[0]], b).contained) for _ in range(1500))
     assert contained == 0
     assert relative_error(solver.z[0], b[0] / (h + 0.1)) < 1e-6
 
@@ -349,14 +354,14 @@ def test_values_that_are_not_finite_never_reach_z(bad: float) -> None:
     space, h = diagonal([1.0, 2.0])
     solver = Averaged(space, lr=0.1, damping=1.0, beta=0.5)
     good: Vector = [torch.ones(2, dtype=torch.float64)]
-    solver.step(lambda v: [h * v[0]], good)
-    solution = solver.step(lambda v: [h * v[0] * bad], good)
+    advance(solver, lambda v: [h * v[0]], good)
+    solution = advance(solver, lambda v: [h * v[0] * bad], good)
     assert float(solution.contained) == 1
-    solution = solver.step(lambda v: [h * v[0]], [good[0] * bad])
+    solution = advance(solver, lambda v: [h * v[0]], [good[0] * bad])
     assert float(solution.contained) == 1
     assert bool(torch.isfinite(solver.z[0]).all())
     for _ in range(300):
-        solver.step(lambda v: [h * v[0]], good)
+        advance(solver, lambda v: [h * v[0]], good)
     assert relative_error(solver.z[0], 1 / (h + 1)) < 1e-9
 
 
@@ -365,7 +370,7 @@ def test_without_curvature_z_is_the_corrected_average() -> None:
     solver = Averaged(space, lr=0.1, damping=1.0, beta=0.9)
     gradients = [torch.randn(2, dtype=torch.float64) for _ in range(5)]
     for gradient in gradients:
-        solver.step(lambda v: None, [gradient])
+        advance(solver, lambda v: None, [gradient])
     factors = torch.tensor([0.9**age for age in (4, 3, 2, 1, 0)], dtype=torch.float64)
     assert relative_error(solver.z[0], (factors / factors.sum()) @ torch.stack(gradients)) < 1e-12
 
@@ -375,7 +380,7 @@ def test_paper_solver_takes_the_authors_three_steps() -> None:
     b = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
     solver = Paper(space, lr=1e-2, damping=1e-2, max_norm=1.0, steps=3)
     for _ in range(2):  # restarted: twice the same
-        solver.step(lambda v: [h * v[0]], [b])
+        advance(solver, lambda v: [h * v[0]], [b])
         z = torch.full((4,), 0.25, dtype=torch.float64)
         for _ in range(3):
             r = h * z + 1e-2 * z - b

@@ -32,10 +32,10 @@ def directional_derivatives[Batch](lower: LowerLevel[Batch], batches: Sequence[B
 
 
 def score_logits[Batch](upper: UpperLevel[Batch], batches: Sequence[Batch]) -> list[Tensor]:
-    """Raw scores of each micro-batch, [b]. Only the last has a graph, which `score_gradient` uses."""
-    with torch.no_grad():
-        first = [upper.logits(batch) for batch in batches[:-1]]
-    return [*first, upper.logits(batches[-1])]
+    """Raw scores of each micro-batch, [b]. That of a single one has a graph, which `score_gradient` uses; with several
+    a graph kept until then would cost more memory than it saves time."""
+    with torch.set_grad_enabled(len(batches) == 1):
+        return [upper.logits(batch) for batch in batches]
 
 
 def score_gradient[Batch](

@@ -95,9 +95,9 @@ class BilevelLoop[Batch]:
     def _simultaneous(self, pool: Pool[Batch], validation: Sequence[Batch], factor: float) -> _Outcome:
         """All directions from one point and one z (SOBA, arXiv 2201.13409): the last inner step shares its gradient."""
         norms = [self.proxy_optimizer.step(pool.gradient()[0], factor) for _ in range(self.settings.inner_steps - 1)]
+        value = self._validation(validation)
         evaluation = self.curvature.evaluate(pool, self.solver.z)
-        value, gradient = self._validation(validation)
-        solution = self.solver.step(lambda v: self.curvature.product(pool, v), gradient, evaluation.product)
+        solution = self.solver.step(lambda v: self.curvature.product(pool, v), evaluation.product)
         norms.append(self.proxy_optimizer.step(evaluation.gradient, factor))
         return _Outcome(evaluation.losses, evaluation.kl, value, evaluation.derivatives, solution, norms)
 
@@ -107,16 +107,17 @@ class BilevelLoop[Batch]:
         for _ in range(self.settings.inner_steps):
             inner_gradient, losses, kl = pool.gradient()
             norms.append(self.proxy_optimizer.step(inner_gradient, factor))
-        value, gradient = self._validation(validation)
-        solution = self.solver.step(lambda v: self.curvature.product(pool, v), gradient)
+        value = self._validation(validation)
+        solution = self.solver.step(lambda v: self.curvature.product(pool, v))
         derivatives = directional_derivatives(pool.level, pool.batches, self.solver.z)
         return _Outcome(losses, kl, value, derivatives, solution, norms)
 
-    def _validation(self, batches: Sequence[Batch]) -> tuple[Tensor, Vector]:
-        """f and ∇f over the global validation batch."""
+    def _validation(self, batches: Sequence[Batch]) -> Tensor:
+        """f over the global validation batch; its gradient goes to the solver."""
         gradient = self.lower.space.accumulator()
         value = torch.stack([self.lower.add_validation_gradient(batch, gradient) for batch in batches]).sum()
-        return group_sum_(value, self._dp_group), self.lower.space.reduce_gradients(gradient)
+        self.solver.take_in(self.lower.space.reduce_gradients(gradient))
+        return group_sum_(value, self._dp_group)
 
     def _metrics(self, logits: Tensor, weights: Tensor, outcome: _Outcome, score_norm: Tensor) -> dict[str, float]:
         losses, solution = outcome.losses, outcome.solution

@@ -44,7 +44,7 @@ class Optimizer:
         self.space, self.inner, self.held, self.settings = space, inner, list(held), settings
 
     def step(self, gradient: Vector, factor: float) -> Tensor:
-        """:param gradient: reduced; clipped in place. :param factor: of the learning rate.
+        """:param gradient: reduced; overwritten. :param factor: of the learning rate.
 
         A gradient that is not finite takes no part: it counts as zero.
 
@@ -52,7 +52,8 @@ class Optimizer:
         """
         norm = self.space.norm(gradient)
         is_sound = torch.isfinite(norm)
-        gradient = [torch.where(is_sound, part, 0.0) for part in gradient]
+        for part in gradient:
+            part.copy_(torch.where(is_sound, part, 0.0))
         self.space.clip(gradient, self.settings.clip_grad)
         for parameter, part in zip(self.held, gradient, strict=True):
             parameter.grad = part

@@ -34,7 +34,13 @@ class Solver(Protocol):
     z: Vector
     is_simultaneous: bool
 
-    def step(self, product: Product, gradient: Vector, first_product: Vector | None = None) -> Solution: ...
+    def take_in(self, gradient: Vector) -> None:
+        """:param gradient: ∇f of this step, reduced; the solver's from here on."""
+        ...
+
+    def step(self, product: Product, first_product: Vector | None = None) -> Solution:
+        """:param first_product: Hz, where it is known; overwritten."""
+        ...
 
     def state_dict(self) -> dict[str, Any]:
         """`vectors`: lists of tensors like the parameters, by name; `scalars`: numbers, by name."""
@@ -48,24 +54,40 @@ class RunningAverage:
 
         a ← β a + (1 − β) ∇f,  b = a / (1 − βᵗ)
 
-    A ∇f that is not finite is replaced by the average so far.
+    A ∇f that is not finite is left out: b stays what it was.
     """
 
     def __init__(self, space: ParameterSpace, beta: float) -> None:
         self.space, self.beta = space, beta
         self.average = space.zeros()
         self.count = 0
+        self.is_sound = torch.ones((), dtype=torch.bool, device=space.masters[0].device)  # the latest ∇f
 
-    def add(self, gradient: Vector) -> tuple[Vector, Tensor]:
-        """b, and whether the gradient was sound: a boolean scalar."""
-        is_sound = torch.isfinite(self.space.norm(gradient))
+    @property
+    def correction(self) -> float:
+        """b = correction · a."""
+        return 1 / (1 - self.beta**self.count) if self.count else 1.0
+
+    def take_in(self, gradient: Vector) -> None:
+        self.is_sound = torch.isfinite(self.space.norm(gradient))
+        before = self.correction
         self.count += 1
-        # an unsound ∇f enters as a repetition of the average so far, so that nothing of it is kept
-        correction = 1 - self.beta ** (self.count - 1) if self.count > 1 else 1.0
-        replacement = torch._foreach_div(self.average, correction)
-        gradient = [torch.where(is_sound, new, old) for new, old in zip(gradient, replacement, strict=True)]
-        torch._foreach_lerp_(self.average, gradient, 1 - self.beta)
-        return list(torch._foreach_div(self.average, 1 - self.beta**self.count)), is_sound
+        # what keeps b where ∇f is left out; nothing is known before the first that is sound
+        sound = self.is_sound.double()
+        kept = self.beta * sound + before / self.correction * (1 - sound)
+        for average, new in zip(self.average, gradient, strict=True):
+            average.mul_(kept.to(average.dtype))
+            average.add_(torch.where(self.is_sound, new, 0.0), alpha=1 - self.beta)
+
+    def norm(self) -> Tensor:
+        """‖b‖, a float64 scalar."""
+        return self.space.norm(self.average) * self.correction
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"vectors": {"average": self.average}, "scalars": {"count": self.count}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.average, self.count = list(state["vectors"]["average"]), int(state["scalars"]["count"])
 
 
 class Averaged:
@@ -78,7 +100,7 @@ class Averaged:
     the lr, and every step satisfies ‖z'‖ ≤ (1 − αδ)‖z‖ + α‖b‖. Curvature that breaks this (zᵀHz < 0, or a product
     that is not finite) is not applied: that step takes H = 0, which keeps the bound, and is counted.
 
-    Without curvature z is b itself.
+    Without curvature z is b itself. Memory: z, the average, and one product.
     """
 
     is_simultaneous = True
@@ -87,16 +109,17 @@ class Averaged:
         self.space, self.lr, self.damping, self.steps = space, lr, damping, steps
         self.z, self.right = space.zeros(), RunningAverage(space, beta)
         self.largest = torch.zeros((), dtype=torch.float64, device=space.masters[0].device)  # λ
+        self.take_in = self.right.take_in
 
-    def step(self, product: Product, gradient: Vector, first_product: Vector | None = None) -> Solution:
-        space = self.space
-        b, is_sound = self.right.add(gradient)
-        b_norm = space.norm(b)
-        residual, contained = torch.zeros_like(b_norm), (~is_sound).to(b_norm.dtype)
+    def step(self, product: Product, first_product: Vector | None = None) -> Solution:
+        space, correction = self.space, self.right.correction
+        b_norm = self.right.norm()
+        residual, contained = torch.zeros_like(b_norm), (~self.right.is_sound).to(b_norm.dtype)
         for index in range(self.steps):
             hz = first_product if index == 0 and first_product is not None else product(self.z)
             if hz is None:
-                self.z = b
+                torch._foreach_copy_(self.z, self.right.average)
+                torch._foreach_mul_(self.z, correction)
                 break
             curvature, size = space.dot(self.z, hz), space.norm(hz)
             is_used = torch.isfinite(size) & (curvature >= 0)
@@ -104,10 +127,10 @@ class Averaged:
             estimate = torch.where(is_used & (curvature > 0), size**2 / curvature, 0.0)
             self.largest = torch.maximum(estimate, 0.99 * self.largest)
             alpha = (1 / (self.damping + self.largest)).clamp_max(self.lr)
-            remainder = [
-                torch.where(is_used, part, 0.0) + self.damping * z - rhs
-                for part, z, rhs in zip(hz, self.z, b, strict=True)
-            ]
+            remainder = hz  # in its memory: (H + δI) z − b
+            for part, z, average in zip(remainder, self.z, self.right.average, strict=True):
+                part.copy_(torch.where(is_used, part, 0.0))
+                part.add_(z, alpha=self.damping).sub_(average, alpha=correction)
             if index == 0:
                 residual = space.norm(remainder) / b_norm.clamp_min(1e-30)
             for z, part in zip(self.z, remainder, strict=True):
@@ -115,14 +138,15 @@ class Averaged:
         return Solution(space.norm(self.z), residual, contained)
 
     def state_dict(self) -> dict[str, Any]:
+        right = self.right.state_dict()
         return {
-            "vectors": {"z": self.z, "average": self.right.average},
-            "scalars": {"count": self.right.count, "largest": float(self.largest)},
+            "vectors": {"z": self.z} | right["vectors"],
+            "scalars": {"largest": float(self.largest)} | right["scalars"],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.z, self.right.average = list(state["vectors"]["z"]), list(state["vectors"]["average"])
-        self.right.count = int(state["scalars"]["count"])
+        self.z = list(state["vectors"]["z"])
+        self.right.load_state_dict(state)
         self.largest.fill_(state["scalars"]["largest"])
 
 
@@ -141,15 +165,16 @@ class ConjugateGradient:
     def __init__(self, space: ParameterSpace, damping: float, beta: float, steps: int) -> None:
         self.space, self.damping, self.steps = space, damping, steps
         self.z, self.right = space.zeros(), RunningAverage(space, beta)
+        self.take_in = self.right.take_in
 
-    def step(self, product: Product, gradient: Vector, first_product: Vector | None = None) -> Solution:
-        space = self.space
-        b, is_sound = self.right.add(gradient)
-        b_norm, z_norm = space.norm(b), space.norm(self.z)
-        hz = first_product if first_product is not None else product(self.z)
-        assert hz is not None, "settings_check asks for a curvature product"
+    def step(self, product: Product, first_product: Vector | None = None) -> Solution:
+        space, right = self.space, self.right
+        b_norm, z_norm = right.norm(), space.norm(self.z)
+        r = first_product if first_product is not None else product(self.z)
+        assert r is not None, "settings_check asks for a curvature product"
+        for part, old, average in zip(r, self.z, right.average, strict=True):  # in the memory of Hz: b − (H + δI) z
+            part.add_(old, alpha=self.damping).sub_(average, alpha=right.correction).neg_()
         z = [part.clone() for part in self.z]
-        r = [rhs - h - self.damping * part for rhs, h, part in zip(b, hz, z, strict=True)]
         p = [part.clone() for part in r]
         size = space.dot(r, r)
         residual = size.sqrt() / b_norm.clamp_min(1e-30)
@@ -167,27 +192,30 @@ class ConjugateGradient:
             _add_(r, hp, -alpha, is_going)
             new_size = space.dot(r, r)
             factor = torch.where(is_going & (size > 0), new_size / size, 0.0)
-            p = [part + along * factor.to(part.dtype) for part, along in zip(r, p, strict=True)]
+            for along, part in zip(p, r, strict=True):
+                along.mul_(factor.to(along.dtype)).add_(part)
             size = new_size
         norm = space.norm(z)
         bound = 2 * b_norm / self.damping + z_norm if self.damping else torch.full_like(norm, torch.inf)
         is_taken = torch.isfinite(norm) & (norm <= bound)
-        self.z = [torch.where(is_taken, new, old) for new, old in zip(z, self.z, strict=True)]
-        contained = (~is_sound).to(b_norm.dtype) + (~(is_going & is_taken)).to(b_norm.dtype)
+        for old, new in zip(self.z, z, strict=True):
+            old.copy_(torch.where(is_taken, new, old))
+        contained = (~right.is_sound).to(b_norm.dtype) + (~(is_going & is_taken)).to(b_norm.dtype)
         return Solution(space.norm(self.z), residual, contained)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"vectors": {"z": self.z, "average": self.right.average}, "scalars": {"count": self.right.count}}
+        right = self.right.state_dict()
+        return {"vectors": {"z": self.z} | right["vectors"], "scalars": right["scalars"]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.z, self.right.average = list(state["vectors"]["z"]), list(state["vectors"]["average"])
-        self.right.count = int(state["scalars"]["count"])
+        self.z = list(state["vectors"]["z"])
+        self.right.load_state_dict(state)
 
 
 def _add_(total: Vector, part: Vector, factor: Tensor, is_used: Tensor) -> None:
     """total += factor part where `is_used`; a part that is not finite leaves no trace otherwise."""
     for one, other in zip(total, part, strict=True):
-        one.add_(torch.where(is_used, other, 0.0) * factor.to(one.dtype))
+        one.addcmul_(torch.where(is_used, other, 0.0), factor.to(one.dtype))
 
 
 class Paper:
@@ -201,9 +229,13 @@ class Paper:
     def __init__(self, space: ParameterSpace, lr: float, damping: float, max_norm: float, steps: int) -> None:
         self.space, self.lr, self.damping, self.max_norm, self.steps = space, lr, damping, max_norm, steps
         self.z = space.zeros()
+        self.gradient = space.zeros()
 
-    def step(self, product: Product, gradient: Vector, first_product: Vector | None = None) -> Solution:
-        space = self.space
+    def take_in(self, gradient: Vector) -> None:
+        self.gradient = gradient
+
+    def step(self, product: Product, first_product: Vector | None = None) -> Solution:
+        space, gradient = self.space, self.gradient
         start = 1 / space.numel()
         z = [torch.ones_like(part) * start.to(part.dtype) for part in self.z]
         residual = torch.zeros_like(start)

@@ -55,7 +55,7 @@ def _check_bilevel(config: RunConfig) -> None:
     if bilevel.curvature == "exact" and config.proxy.tensor_parallel > 1:
         raise UserError(
             f"bilevel.curvature is 'exact' (as in preset paper) with proxy.tensor_parallel = "
-            f"{config.proxy.tensor_parallel}; set proxy.tensor_parallel to 1 or curvature to finite-difference"
+            f"{config.proxy.tensor_parallel}; set proxy.tensor_parallel to 1 or curvature to gauss-newton"
         )
     if bilevel.gamma and not config.warmup.target_steps:
         raise UserError(

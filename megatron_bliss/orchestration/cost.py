@@ -21,7 +21,14 @@ from megatron_bliss.orchestration.check import check
 from megatron_bliss.orchestration.plan import Arm, arms, plan
 
 _FORWARD = 1 / 3  # of a forward and backward pass
-_HESSIAN_PRODUCT = {"none": 0.0, "finite-difference": 2.0, "exact": 3.0}  # forward and backward passes
+# A curvature product alone, and with gradient and g_i (`Curvature.evaluate`), in forward and backward passes.
+_PRODUCT = {"none": 0.0, "finite-difference": 2.0, "gauss-newton": 1 + 2 * _FORWARD, "exact": 3.0}
+_EVALUATION = {
+    "none": 1 + 2 * _FORWARD,
+    "finite-difference": 2.0,
+    "gauss-newton": 3 * _FORWARD + 2 * (1 - _FORWARD),
+    "exact": 1 + 3.0 + 2 * _FORWARD,
+}
 _BYTES_PER_PARAMETER = {False: 16, True: 18}  # float32 weights and Adam's moments as saved; True: bf16 weights on top
 _WIDTH = 120  # of the table where there is no terminal
 _SCORE_BYTES = _ID_BYTES = 4  # float32, int32
@@ -113,13 +120,14 @@ def bilevel_flops_per_step(config: RunConfig) -> float:
     bilevel, length = config.bilevel, config.data.sequence_length
     batch = bilevel.batch_size * length * _training_flops_per_token(config, proxy=True)
     validation = bilevel.validation_batch_size * length * _training_flops_per_token(config, proxy=True)
-    product = _HESSIAN_PRODUCT[bilevel.curvature]
-    if bilevel.curvature == "finite-difference" and bilevel.solver == "averaged":
-        # one pair of displaced gradients is the product and g_i at once, and in float32 the last inner step
-        passes = bilevel.inner_steps + product * bilevel.z_steps - (1 if _shares_gradient(config) else 0)
+    if bilevel.solver == "paper":
+        passes = bilevel.inner_steps + _PRODUCT[bilevel.curvature] * bilevel.z_steps + 2 * _FORWARD
     else:
-        passes = bilevel.inner_steps + product * bilevel.z_steps + 2 * _FORWARD
-    passes += 1 + _FORWARD  # score model: weights, then its own step
+        passes = bilevel.inner_steps - 1 + _EVALUATION[bilevel.curvature]
+        passes += _PRODUCT[bilevel.curvature] * _further_products(config)
+        if _has_gradient_of_its_own(config):
+            passes += 1
+    passes += 1 if _micro_batches(config) == 1 else 1 + _FORWARD  # score model: weights, then its own step
     return (
         batch * passes
         + validation
@@ -136,17 +144,29 @@ def _target_passes(config: RunConfig) -> int:
     bilevel = config.bilevel
     if bilevel.gamma == 0 or bilevel.uses_cached_target:
         return 0
+    if _micro_batches(config) == 1:
+        return 1  # its logits are kept
+    needs_target = 1 if bilevel.curvature in ("finite-difference", "exact") else 0  # for a product alone
+    if bilevel.solver == "paper":
+        return bilevel.inner_steps + needs_target * bilevel.z_steps
+    evaluation = 2 if bilevel.curvature == "exact" or _has_gradient_of_its_own(config) else 1
+    return bilevel.inner_steps - 1 + evaluation + needs_target * _further_products(config)
+
+
+def _further_products(config: RunConfig) -> int:
+    """Products of an outer step beside the one that comes with the gradient and g_i."""
+    return config.bilevel.z_steps - (0 if config.bilevel.solver == "conjugate-gradient" else 1)
+
+
+def _has_gradient_of_its_own(config: RunConfig) -> bool:
+    """Whether the gradient of a step does not come with the displaced ones."""
+    return config.bilevel.curvature == "finite-difference" and config.proxy.model.bf16
+
+
+def _micro_batches(config: RunConfig) -> int:
+    """Of a batch of the pool, on each rank."""
     ranks = max(config.launch.nproc_per_node // config.proxy.tensor_parallel, 1)
-    if bilevel.batch_size <= bilevel.micro_batch_size * ranks:
-        return 1  # a single micro-batch's logits are kept
-    products = bilevel.z_steps if bilevel.curvature != "none" else 0
-    return bilevel.inner_steps + products - (1 if _shares_gradient(config) else 0)
-
-
-def _shares_gradient(config: RunConfig) -> bool:
-    """Whether the last inner step's gradient comes with the curvature product."""
-    bilevel = config.bilevel
-    return bilevel.curvature == "finite-difference" and bilevel.solver == "averaged" and not config.proxy.model.bf16
+    return -(-config.bilevel.batch_size // (config.bilevel.micro_batch_size * ranks))
 
 
 def _training_flops_per_token(config: RunConfig, proxy: bool) -> int:

@@ -150,8 +150,8 @@ def stream(judge: Judge, settings: BilevelConfig, seed: int, steps: int) -> dict
         pool = uniform(loop, batches(context, WALKS.mixture(random, STREAM_BATCH)))
         validation = batches(context, WALKS.mixture(random, STREAM_BATCH, **FAVOURED))  # type: ignore[arg-type]
         began = time.perf_counter()
-        gradient = validation_gradient(loop, validation)
-        solution = solver.step(lambda v: curvature.product(pool, v), gradient)  # noqa: B023
+        solver.take_in(validation_gradient(loop, validation))
+        solution = solver.step(lambda v: curvature.product(pool, v))  # noqa: B023
         seconds += time.perf_counter() - began
         contained += float(solution.contained)
         if step in CHECKPOINTS:
