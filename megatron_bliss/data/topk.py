@@ -268,7 +268,7 @@ class _Search:
             self._free[:] = False
         else:
             before = after[:, common] - tokens[:, common]
-            capped = self._free & (before >= self._maximum)
+            capped = self._free & (before > self._maximum)  # not at it: its cell of a coarser table may end there
             raised = self._free & ~capped & (after[:, common] <= self._minimum)
             self.limit[capped], self.limit[raised] = self._maximum[capped], self._minimum[raised]
             self._free &= ~(capped | raised)
