@@ -19,6 +19,10 @@ from typing import IO, Any
 from megatron_bliss.errors import UserError
 
 _BLOCK = 1 << 22
+_KINDS = {  # a key that only manifests of this kind have, and what writes them
+    "a selection": ("blend", "`megatron-bliss select`"),
+    "scores": ("chunk_sequences", "`megatron-bliss score` or tools/score_shards.py"),
+}
 
 
 @dataclass(frozen=True)
@@ -135,8 +139,31 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
         stream.write("\n")
 
 
+def read_manifest(directory: Path, kind: str, schema: int = 1) -> dict[str, Any]:
+    """The manifest of a directory of some kind: a key of `_KINDS`.
+
+    :raises UserError: if it is missing, is not JSON, is of another kind or schema.
+    """
+    path = Path(directory) / "manifest.json"
+    content = _read_object(path)
+    found = [name for name, (key, _) in _KINDS.items() if key in content]
+    if not found:
+        _check_schema(path, content, schema)
+    if kind not in found:
+        what = f"holds {found[0]}, not {kind}" if found else f"does not hold {kind}"
+        raise UserError(f"{directory} {what}; give a directory that {_KINDS[kind][1]} has written")
+    _check_schema(path, content, schema)
+    return content
+
+
 def read_json(path: Path, schema: int = 1) -> dict[str, Any]:
     """:raises UserError: if the file is missing, is not JSON, or has another schema."""
+    content = _read_object(path)
+    _check_schema(path, content, schema)
+    return content
+
+
+def _read_object(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(Path(path).read_text())
     except FileNotFoundError:
@@ -145,10 +172,14 @@ def read_json(path: Path, schema: int = 1) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read ({error.strerror}); give the directory that holds it") from None
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}); remove it and run its stage again") from None
-    if not isinstance(content, dict) or content.get("schema") != schema:
-        found = content.get("schema") if isinstance(content, dict) else None
-        raise UserError(f"{path} has schema {found!r}, this version of megatron-bliss reads schema {schema}")
-    return content
+    return content if isinstance(content, dict) else {}
+
+
+def _check_schema(path: Path, content: dict[str, Any], schema: int) -> None:
+    if content.get("schema") != schema:
+        raise UserError(
+            f"{path} has schema {content.get('schema')!r}, this version of megatron-bliss reads schema {schema}"
+        )
 
 
 def digest_bytes(*parts: bytes) -> str:

@@ -148,6 +148,26 @@ def test_a_manifest_of_another_schema_is_scored_again(tmp_path: Path) -> None:
     assert len(list(small(tmp_path).pending())) == 2
 
 
+def test_scores_that_changed_at_the_same_length_are_found(tmp_path: Path) -> None:
+    records = [fake_record(8, "a"), fake_record(5, "none wanted")]
+    writer = open_writer(tmp_path, records, {"a": np.arange(1, 8, dtype=np.int32)})
+    for chunk in writer.pending():
+        writer.write(chunk, np.ones(len(chunk.ids), dtype=np.float32))
+    files, path = ScoreFiles(tmp_path), tmp_path / "a.npy"
+    for record in records:
+        files.verify(record)
+    for place in (path.stat().st_size - 1, path.stat().st_size - 4 * 8, 0):  # the last score, one not wanted, header
+        written = path.read_bytes()
+        path.write_bytes(written[:place] + bytes([written[place] ^ 1]) + written[place + 1 :])
+        with pytest.raises(UserError, match=r"a\.npy (has changed since it was scored; remove|cannot be read)"):
+            files.verify(records[0])
+        path.write_bytes(written)
+        files.verify(records[0])
+    path.unlink()
+    with pytest.raises(UserError, match="does not exist"):
+        files.verify(records[0])
+
+
 @pytest.mark.parametrize("moment", ["record", "manifest"])
 def test_a_kill_between_data_and_record_loses_one_chunk_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str

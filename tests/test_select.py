@@ -16,7 +16,7 @@ from megatron_bliss.cli import app
 from megatron_bliss.config import control_config, load_config, read_saved_config, save_config
 from megatron_bliss.data.inventory import Inventory
 from megatron_bliss.data.ledger import Ledger
-from megatron_bliss.data.scores import ScoreWriter
+from megatron_bliss.data.scores import SCHEMA, ScoreFiles, ScoreWriter
 from megatron_bliss.data.selection import Selection
 from megatron_bliss.data.shards import Shard, ShardRecord, ShardWriter, take_inventory
 from megatron_bliss.data.slices import HELD_OUT, Slicing
@@ -338,6 +338,23 @@ def test_an_earlier_selection_is_not_overwritten(bare: Path, tmp_path: Path) -> 
         select_scores.run(bare / "scores", tmp_path / "one", [], [tmp_path / "one"])
 
 
+def test_scores_and_selections_are_told_apart(bare: Path, tmp_path: Path, run_dir: Path) -> None:
+    select_scores.run(bare / "scores", tmp_path / "one", [], [])
+    with pytest.raises(UserError, match=r"one holds a selection, not scores; give a directory that `megatron-bliss sc"):
+        select_scores.run(tmp_path / "one", tmp_path / "two", [], [])
+    for use in (
+        lambda scores: Selection.open(scores),
+        lambda scores: select_scores.run(scores, tmp_path / "two", [], [scores]),
+    ):
+        with pytest.raises(UserError, match=r"scores holds scores, not a selection; give a directory that `megatron-b"):
+            use(bare / "scores")
+    of_run = RunPaths(run_dir).scores(1)
+    ScoreFiles(of_run)
+    with pytest.raises(UserError, match=r"has no shards.json.* with --run DIR --round N"):
+        select_scores.run(of_run, tmp_path / "two", [], [])
+    assert not (tmp_path / "two").exists()
+
+
 @pytest.mark.parametrize("settings", [["threshold=8"], ["tokens=1"]])
 def test_nothing_but_sequences_without_a_token(tmp_path: Path, settings: list[str]) -> None:
     for name, lengths in {"some": (0, 5, 0), "none": (0,)}.items():
@@ -414,6 +431,9 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "other dtype": (lambda run: write_shard(run.parent / "shards" / "a0", 400, 1, np.int32), "its digest changed"),
     "changed shard": (lambda run: write_shard(run.parent / "shards" / "a0", 400, 99), "its digest changed"),
     "NaN": (lambda run: change_score(run / "round-0001/scores/a0.npy", np.nan), "no score for 1 of the"),
+    "changed scores": (
+        lambda run: change_score(run / "round-0001/scores/a0.npy", 0.5), "a0.npy has changed since it was scored",
+    ),
     "short scores": (
         lambda run: np.save(run / "round-0001/scores/a0.npy", np.zeros(7, np.float32)), r"needs float32 \[400\]",
     ),
@@ -449,10 +469,10 @@ def test_scores_of_another_tokenizer_are_refused(tmp_path: Path) -> None:
     run_dir = start(tmp_path / "run")
     manifest = RunPaths(run_dir).scores(1) / "manifest.json"
     facts = {"type": "SentencePieceTokenizer", "model_sha256": None, "vocab_size": 101}
-    write_json(manifest, read_json(manifest, 2) | {"tokenizer": facts})
+    write_json(manifest, read_json(manifest, SCHEMA) | {"tokenizer": facts})
     with pytest.raises(UserError, match="another tokenizer"):
         select.run(run_dir, 1)
-    write_json(manifest, read_json(manifest, 2) | {"tokenizer": facts | {"vocab_size": 100}})
+    write_json(manifest, read_json(manifest, SCHEMA) | {"tokenizer": facts | {"vocab_size": 100}})
     select.run(run_dir, 1)
 
 

@@ -20,14 +20,22 @@ from typing import Any
 
 import numpy as np
 
-from megatron_bliss.artifacts import digest_bytes, digest_json, fsync_directory, read_json, write_json
+from megatron_bliss.artifacts import (
+    digest_bytes,
+    digest_file,
+    digest_json,
+    fsync_directory,
+    read_json,
+    read_manifest,
+    write_json,
+)
 from megatron_bliss.data.claims import Claims
 from megatron_bliss.data.shards import ShardRecord
 from megatron_bliss.data.spans import write_span, writing_to
 from megatron_bliss.errors import UserError
 
 DIRECTION = "higher is better"
-SCHEMA = 2
+SCHEMA = 3
 _FINISH = "finish"  # the claim of who finishes
 _RECORD = ".done"
 
@@ -104,32 +112,26 @@ class ScoreWriter:
             return
         if (manifest := self.directory / "manifest.json").exists():
             if not replace:
-                raise UserError(
-                    f"{self.directory} holds other scores ({', '.join(self._differences())}); give a directory of "
-                    "its own for these"
-                )
+                what = ", ".join(self._differences(self._manifest() or {})) or "shards"
+                raise UserError(f"{self.directory} holds other scores ({what}); give a directory of its own for these")
             manifest.unlink(missing_ok=True)  # nobody may take them for those of this purpose
         self._work.mkdir(parents=True, exist_ok=True)
 
     def _manifest(self) -> dict[str, Any] | None:
         try:
-            return read_json(_manifest_path(self.directory), SCHEMA)
+            return read_manifest(self.directory, "scores", SCHEMA)
         except UserError:
             return None
 
-    def _differences(self) -> list[str]:
-        found = self._manifest() or {}
-        return sorted(key for key, value in self._purpose.items() if key != "shards" and found.get(key) != value) or [
-            "shards"
-        ]
+    def _differences(self, manifest: dict[str, Any]) -> list[str]:
+        """What the manifest says otherwise than this purpose, shards aside."""
+        return sorted(key for key in self._purpose.keys() - {"shards"} if manifest.get(key) != self._purpose[key])
 
     @property
     def is_complete(self) -> bool:
         """Whether the directory holds all scores of this purpose, finished."""
         manifest = self._manifest()
-        if manifest is None or {key: manifest.get(key) for key in self._purpose.keys() - {"shards"}} != {
-            key: value for key, value in self._purpose.items() if key != "shards"
-        }:
+        if manifest is None or self._differences(manifest):
             return False
         shards = manifest["shards"]
         return shards.keys() == self._shards.keys() and all(
@@ -276,32 +278,30 @@ class ScoreWriter:
                     os.replace(_scores_path(self._work, record), _scores_path(self.directory, record))
             fsync_directory(self.directory)
             shards = {name: shard | {"scores_sha256": digests[name]} for name, shard in self._shards.items()}
-            write_json(_manifest_path(self.directory), self._purpose | {"shards": shards})
+            write_json(self.directory / "manifest.json", self._purpose | {"shards": shards})
         finally:
             self._claims.release(_FINISH)
         for left in self.directory.glob(".unfinished-*"):
             shutil.rmtree(left, ignore_errors=True)
 
     def _checked(self, record: ShardRecord) -> str | None:
-        """Digest of a shard's scores, made of those of its chunks; None if a chunk is not what was recorded, whose
-        record is then removed."""
-        path = _scores_path(self._work, record)
-        is_moved = not path.exists() and _scores_path(self.directory, record).exists()
+        """Digest of a shard's file; None if a chunk is not what was recorded, whose record is then removed."""
+        place = self._work
+        if not _scores_path(place, record).exists() and _scores_path(self.directory, record).exists():
+            place = self.directory  # moved before a kill
         try:
-            scores = _map_scores(self.directory if is_moved else self._work, record)
+            scores = _map_scores(place, record)
         except UserError:
             scores = None  # gone, or too short
-        digests: list[str] = []
-        num_chunks = self._num_chunks(record)
-        for number in range(num_chunks):
+        is_whole = True
+        for number in range(self._num_chunks(record)):
             self._claims.renew(_FINISH)
             start, stop = self.chunk(record, number).span
             expected = read_json(self._record_path(f"{record.name}.{number}"))["sha256"]
-            if scores is not None and digest_bytes(scores[start:stop].tobytes()) == expected:
-                digests.append(expected)
-            else:
+            if scores is None or digest_bytes(scores[start:stop].tobytes()) != expected:
                 self._record_path(f"{record.name}.{number}").unlink(missing_ok=True)
-        return digest_json(digests) if len(digests) == num_chunks else None
+                is_whole = False
+        return digest_file(_scores_path(place, record)) if is_whole else None
 
 
 def chunk_of(record: ShardRecord, wanted: np.ndarray, number: int, chunk_sequences: int) -> Chunk:
@@ -322,9 +322,9 @@ class ScoreFiles:
 
     def __init__(self, directory: Path) -> None:
         self.directory = Path(directory)
-        if not _manifest_path(self.directory).exists() and list(self.directory.glob(".unfinished-*")):
+        if not (self.directory / "manifest.json").exists() and list(self.directory.glob(".unfinished-*")):
             raise UserError(f"{self.directory} is not scored to its end; run the score stage again to finish it")
-        self._manifest = read_json(_manifest_path(self.directory), SCHEMA)
+        self._manifest = read_manifest(self.directory, "scores", SCHEMA)
         self.method: str = self._manifest["method"]
         self.model_digest: str = self._manifest["model_digest"]
         self.tokenizer: dict[str, Any] | None = self._manifest.get("tokenizer")
@@ -354,6 +354,17 @@ class ScoreFiles:
             )
         return np.asarray(scores)
 
+    def verify(self, record: ShardRecord) -> None:
+        """:raises UserError: if a shard's scores, where it has any, are not those that were written."""
+        if record.name not in self._manifest["shards"]:
+            return
+        _map_scores(self.directory, record)  # says what is wrong with a file of another size
+        path = _scores_path(self.directory, record)
+        if digest_file(path) != self._manifest["shards"][record.name]["scores_sha256"]:
+            raise UserError(
+                f"{path} has changed since it was scored; remove {self.directory} and run the score stage again"
+            )
+
 
 def _described(record: ShardRecord, ids: np.ndarray) -> dict[str, Any]:
     """A shard's entry in the manifest."""
@@ -363,10 +374,6 @@ def _described(record: ShardRecord, ids: np.ndarray) -> dict[str, Any]:
         "num_wanted": len(ids),
         "wanted_sha256": digest_bytes(np.ascontiguousarray(ids, dtype=np.int32).tobytes()),
     }
-
-
-def _manifest_path(directory: Path) -> Path:
-    return directory / "manifest.json"
 
 
 def _scores_path(directory: Path, record: ShardRecord) -> Path:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_bliss.artifacts import digest_file, digest_json, fsync_directory, read_json, write_json
+from megatron_bliss.artifacts import digest_file, digest_json, fsync_directory, read_manifest, write_json
 from megatron_bliss.data.shards import ShardRecord, verify_shard
 from megatron_bliss.errors import UserError
 
@@ -118,9 +118,10 @@ def _may_be_replaced(directory: Path) -> bool:
     if not (directory / _MANIFEST).exists():
         return not any(directory.iterdir())
     try:
-        return "blend" in read_json(directory / _MANIFEST)
+        read_manifest(directory, "a selection")
     except UserError:
         return False
+    return True
 
 
 def write_ids(path: Path, parts: Iterable[np.ndarray]) -> None:
@@ -211,9 +212,7 @@ class Selection:
         :raises UserError: if the selection is unfinished or damaged, or a shard is not the one it was made from.
         """
         directory = Path(directory)
-        manifest = read_json(directory / _MANIFEST)
-        if "blend" not in manifest:
-            raise UserError(f"{directory / _MANIFEST} is not a selection's; give the directory of one")
+        manifest = read_manifest(directory, "a selection")
         shards = []
         for entry in manifest["shards"]:
             record, counts = ShardRecord(**entry["record"]), Counts(**entry["counts"])

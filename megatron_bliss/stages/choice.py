@@ -37,6 +37,7 @@ class Choice:
     wanted: Callable[[ShardRecord, tuple[int, int]], np.ndarray]  # ids of the slice in a span: int32 ascending
     scores: Callable[[ShardRecord, np.ndarray], np.ndarray]  # of ids, float32, as the method gave them
     seed: int
+    verify_scores: Callable[[ShardRecord], None] = lambda record: None  # refuses a shard's if they changed on disk
     ledger: Ledger = field(default_factory=Ledger)
     weights: dict[str, float] | None = None  # the domains' own, for the blend
     facts: dict[str, Any] = field(default_factory=dict)  # further ones for the manifest
@@ -175,6 +176,7 @@ def _choose(choice: Choice, staging: Path | None) -> Chosen:
             for _ in ids:
                 pass
         else:
+            choice.verify_scores(choice.records[index])
             write_ids(_ids_path(staging, choice.records[index]), ids)
 
     passes.each_shard(keep)

@@ -79,6 +79,8 @@ def run(prefixes: list[str], config: RunConfig, checkpoint: Path, out: Path) -> 
 
 
 def _list_shards(prefixes: list[str], config: RunConfig, listing: Path) -> None:
+    if (listing.parent / "manifest.json").exists():
+        raise UserError(f"{listing.parent} holds something else than scores of --shards; give another --out")
     records = take_inventory({"": prefixes})
     for record in records:
         check_token_ids(record, config.data.tokenizer.vocab_size)

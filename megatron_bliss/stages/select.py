@@ -81,6 +81,7 @@ def round_choice(paths: RunPaths, config: RunConfig, round_number: int | None) -
         wanted=lambda record, span: slicing.ids(record, number, span),
         scores=files.read if files else lambda record, ids: method.score_without_model(record, ids, seed),
         seed=seed,
+        verify_scores=files.verify if files else lambda record: None,
         ledger=ledger,
         weights={domain.name: domain.weight for domain in config.data.pool if domain.weight is not None} or None,
         facts={

@@ -54,6 +54,11 @@ def run(
     if output and output.resolve() in (directory.resolve() for directory in earlier):
         raise UserError(f"--output {output} is an --earlier selection too; give another directory")
     settings, files = load_settings(overrides), ScoreFiles(scores)
+    if not (scores / "shards.json").exists():
+        raise UserError(
+            f"{scores} has no shards.json, so tools/score_shards.py did not write it; select from a run's scores with "
+            "--run DIR --round N"
+        )
     listing = [ShardRecord(**record) for record in read_json(scores / "shards.json")["shards"]]
     records = [replace(record, domain=_domain(record, settings.domains)) for record in listing]
     if not records:
@@ -76,6 +81,7 @@ def run(
         wanted=every_sequence,
         scores=files.read,
         seed=derive(settings.seed, "select"),
+        verify_scores=files.verify,
         ledger=ledger,
         weights=settings.weights or None,
         facts={
