@@ -23,7 +23,7 @@ from megatron_bliss.data.slices import HELD_OUT, Slicing
 from megatron_bliss.errors import UserError
 from megatron_bliss.orchestration.plan import plan
 from megatron_bliss.stages import inventory as inventory_stage
-from megatron_bliss.stages import select, select_scores
+from megatron_bliss.stages import score_shards, select, select_scores
 from tests.toy_shards import records_of, write_run, write_shard
 
 SIZES = {"a": [400, 300], "bb": [500], "ccc": [200]}
@@ -353,6 +353,9 @@ def test_scores_and_selections_are_told_apart(bare: Path, tmp_path: Path, run_di
     with pytest.raises(UserError, match=r"has no shards.json.* with --run DIR --round N"):
         select_scores.run(of_run, tmp_path / "two", [], [])
     assert not (tmp_path / "two").exists()
+    with pytest.raises(UserError, match="one holds something else than scores of --shards; give another --out"):
+        score_shards._list_shards([], read_saved_config(run_dir / "run.yaml"), tmp_path / "one" / "shards.json")
+    assert not (tmp_path / "one" / "shards.json").exists()
 
 
 @pytest.mark.parametrize("settings", [["threshold=8"], ["tokens=1"]])
