@@ -67,11 +67,15 @@ ADAM = AdamSettings(lr=1e-3)
 
 
 def build(
-    context: ParallelContext, distributed: bool = False, saved: Path | None = None, bf16: bool = False
+    context: ParallelContext,
+    distributed: bool = False,
+    saved: Path | None = None,
+    bf16: bool = False,
+    plain_kernels: bool = False,
 ) -> tuple[dict[str, Any], Any, Any]:
     """Models by name, with saved weights or random ones, and the two levels made of them."""
     named = {
-        "model": build_language_model(replace(SMALL, bf16=bf16), VOCAB_SIZE, context),
+        "model": build_language_model(replace(SMALL, bf16=bf16), VOCAB_SIZE, context, plain_kernels=plain_kernels),
         "target": build_language_model(SMALL, VOCAB_SIZE, context).requires_grad_(False),
         "score": build_score_model(SMALL, VOCAB_SIZE, context),
     }
@@ -94,13 +98,13 @@ def evaluate(context: ParallelContext, lower: Any, upper: Any, size: int) -> dic
     z = lower.space.reduce_gradients(z)
     batches = data(context, 1, size)
     logits = score_logits(upper, batches)
-    scores = objective.scores_from_logits(torch.cat([part.detach() for part in logits]))
+    scores = objective.scores_from_logits(torch.cat(logits))
     weights = objective.importance_weights(scores, "softmax", lower.space.dp_group)
     pool = Pool(lower, batches, weights.split([len(part) for part in logits]), RIDGE)
     evaluation = FiniteDifference().evaluate(pool, z)
     gauss_newton = GaussNewton().evaluate(pool, z)
     coefficients = objective.score_coefficients(weights, evaluation.derivatives, "softmax", lower.space.dp_group)
-    hypergradient = score_gradient(upper, batches, logits, coefficients)
+    hypergradient = score_gradient(upper, batches, coefficients.split([len(part) for part in logits]))
     after = _everything(lower)
     return {
         "value": float(group_sum_(torch.as_tensor(value), lower.space.dp_group)),
@@ -176,7 +180,7 @@ def one_rank(rank: int, folder: Path) -> dict[str, Any]:
         found[f"micro-batch {size}"] = evaluate(context, lower, upper, size)
         found[f"micro-batch {size}"]["vectors"] = arrays(found[f"micro-batch {size}"]["vectors"])
     found["plain"] = _plain(context, lower)
-    found["exact"] = _exact(context, lower)
+    found["exact"] = _exact(context, folder)
     found["bf16"] = along_gradient(context, folder, distributed=False, bf16=True)
     found["fp32"] = along_gradient(context, folder, distributed=False, bf16=False)
     found["train"] = train(context, lower, upper, 4)
@@ -208,8 +212,9 @@ def _plain(context: ParallelContext, lower: Any) -> dict[str, Any]:
     }
 
 
-def _exact(context: ParallelContext, lower: Any) -> dict[str, Any]:
+def _exact(context: ParallelContext, folder: Path) -> dict[str, Any]:
     """Double backward through Megatron's layers beside finite differences."""
+    _, lower, _ = build(context, saved=folder / "models", plain_kernels=True)
     batches = data(context, 1, 8)
     pool = Pool(lower, batches, [torch.full((8,), 1 / 8)], RIDGE)
     direction = pool.gradient()[0]

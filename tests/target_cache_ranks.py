@@ -109,12 +109,12 @@ def one_rank(rank: int, run: Path) -> dict[str, Any]:
         "everything": {"bilevel__kl_top_k": 256},
         "some": {},
         "reverse": {"bilevel__kl_top_k": 256, "bilevel__kl_direction": "proxy_target"},
-        "gauss-newton": {"bilevel__kl_top_k": 256, "bilevel__curvature": "gauss-newton"},
+        "finite-difference": {"bilevel__kl_top_k": 256, "bilevel__curvature": "finite-difference"},
         "exact": {"bilevel__kl_top_k": 256, "bilevel__curvature": "exact", "bilevel__outer_steps": 3},
     }
     for name, settings in cases.items():
         results[name] = _learn(run, name, cached=True, **settings)
-    for name in ("reverse", "gauss-newton", "exact"):
+    for name in ("reverse", "finite-difference", "exact"):
         results[f"live {name}"] = _learn(run, f"live-{name}", **cases[name], bilevel__kl_source="live")
     results["dense"] = dense(run.parent / "some")
     results["resumed"] = _killed(copy(run, "killed")), cache_bytes(run.parent / "some")

@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -129,11 +130,11 @@ def test_chosen_kernels_reach_megatrons_configuration(preset: str, monkeypatch: 
     from megatron_bliss.config import ModelConfig
     from megatron_bliss.mcore import models
     from megatron_bliss.mcore.architectures import resolve
-    from megatron_bliss.mcore.kernels import Kernels
+    from megatron_bliss.mcore.kernels import PLAIN
 
     architecture = resolve(ModelConfig(preset=preset))
-    context: Any = SimpleNamespace(tp_size=2, sequence_parallel=True)
-    kernels = Kernels(False, apex_norm=True, fused_softmax=True, fused_activation=True, fused_weight_gradient=False)
+    context: Any = SimpleNamespace(tp_size=2, pp_size=1, sequence_parallel=True)
+    kernels = replace(PLAIN, apex_norm=True, fused_softmax=True, fused_activation=True)
     config = models.transformer_config(architecture, kernels, True, context, recompute=True)
     assert config.masked_softmax_fusion
     assert config.bias_activation_fusion
@@ -145,9 +146,7 @@ def test_chosen_kernels_reach_megatrons_configuration(preset: str, monkeypatch: 
     assert spec.layer_norm is (FusedLayerNorm if preset == "tiny" else models.torch_norm)
     assert spec.layer_specs[0].submodules.input_layernorm is spec.layer_norm
     monkeypatch.setattr(models, "get_gpt_layer_with_transformer_engine_spec", lambda: "transformer engine")
-    engine = Kernels(
-        transformer_engine=True, apex_norm=False, fused_softmax=False, fused_activation=True, fused_weight_gradient=True
-    )
+    engine = replace(PLAIN, transformer_engine=True, fused_activation=True, fused_weight_gradient=True)
     assert models.layer_spec(config, engine) == "transformer engine"
     monkeypatch.setattr(models, "kernels_in_use", lambda: engine)
     chosen, plain = (

@@ -13,7 +13,7 @@ from megatron_bliss.bilevel.curvature import (
     check_exact,
     make_curvature,
 )
-from megatron_bliss.bilevel.hypergradient import directional_derivatives, score_gradient, score_logits
+from megatron_bliss.bilevel.hypergradient import directional_derivatives, score_gradient
 from megatron_bliss.bilevel.loop import BilevelLoop, LoopSettings
 from megatron_bliss.bilevel.objective import entropy, importance_weights, score_coefficients, scores_from_logits
 from megatron_bliss.bilevel.optimizer import lr_factor
@@ -93,7 +93,7 @@ def test_hypergradient_agrees_with_the_dense_hessian(lower: ToyLower, curvature:
     assert float(solution.residual) < 1e-6
     evaluation = curvature.evaluate(problem, solver.z)
     coefficients = score_coefficients(weights, evaluation.derivatives, "softmax")
-    actual = flat(score_gradient(upper, pool.split(7), score_logits(upper, pool.split(7)), coefficients))
+    actual = flat(score_gradient(upper, pool.split(7), coefficients.split(7)))
 
     hessian = dense_hessian(lower, pool, weights, RIDGE)
     assert torch.linalg.eigvalsh(hessian)[0] > -damping  # the linear system is well posed
@@ -274,7 +274,7 @@ def test_hypergradient_agrees_with_brute_force_through_the_argmin(kind: str) -> 
         advance(solver, lambda v: FiniteDifference().product(problem, v), f_gradient)
     derivatives = directional_derivatives(lower, [pool], solver.z)
     coefficients = score_coefficients(weights, derivatives, kind)  # type: ignore[arg-type]
-    actual = flat(score_gradient(upper, [pool], score_logits(upper, [pool]), coefficients))
+    actual = flat(score_gradient(upper, [pool], [coefficients]))
     assert relative_error(actual, torch.tensor(brute)) < 1e-4
 
 

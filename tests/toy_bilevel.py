@@ -50,7 +50,9 @@ class ToyLower:
         kl = kl_divergence(logits, self.target(batch.x)).sum() / batch.total
         return (weights * cross_entropy(logits, batch.y)).sum() + self.gamma * kl
 
-    def add_gradient(self, batch: Samples, weights: Tensor, gradient: Vector) -> LowerTerms:
+    def add_gradient(
+        self, batch: Samples, weights: Tensor, gradient: Vector, logits: Tensor | None = None
+    ) -> LowerTerms:
         self.objective(batch, weights).backward()
         self.space.harvest_(gradient)
         with torch.no_grad():
@@ -61,21 +63,20 @@ class ToyLower:
     def losses(self, batch: Samples) -> Tensor:
         return cross_entropy(self.model(batch.x), batch.y)
 
-    @torch.no_grad()
-    def outputs(self, batch: Samples) -> Tensor:
-        return self.model(batch.x).to(self.space.masters[0].dtype)
+    def logits(self, batch: Samples, has_graph: bool) -> Tensor:
+        with torch.set_grad_enabled(has_graph):
+            logits = self.model(batch.x)
+        return logits if has_graph else logits.to(self.space.masters[0].dtype)
 
     def add_gauss_newton(
-        self, batch: Samples, weights: Tensor, tangent: Tensor, gradient: Vector | None, product: Vector
-    ) -> tuple[LowerTerms, Tensor]:
-        logits = self.model(batch.x)
+        self, logits: Tensor, batch: Samples, weights: Tensor, tangent: Tensor, product: Vector, keeps_graph: bool
+    ) -> Tensor:
         p = logits.detach().softmax(1)
         mean = (p * tangent).sum(1, keepdim=True)
         total = weights + self.gamma / batch.total
-        torch.autograd.backward(logits, total[:, None] * p * (tangent - mean))
+        torch.autograd.backward(logits, total[:, None] * p * (tangent - mean), retain_graph=keeps_graph)
         self.space.harvest_(product)
-        terms = self.add_gradient(batch, weights, self.space.accumulator() if gradient is None else gradient)
-        return terms, mean[:, 0] - tangent.gather(1, batch.y[:, None])[:, 0]
+        return mean[:, 0] - tangent.gather(1, batch.y[:, None])[:, 0]
 
     def validation(self, batch: Samples) -> Tensor:
         return cross_entropy(self.model(batch.x), batch.y).sum() / batch.total

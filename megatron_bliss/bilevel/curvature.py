@@ -157,16 +157,21 @@ class GaussNewton:
         """:returns: terms of each micro-batch, and ⟨v, ∇L_i⟩, [local]."""
         level = pool.level
         epsilon = difference_step(level.space, v)
-        found = []
-        with level.space.displaced(v) as move_to:
-            for batch, weights in zip(pool.batches, pool.weights, strict=True):
+        terms, derivatives = [], []
+        for batch, weights in zip(pool.batches, pool.weights, strict=True):
+            # what the displacement needs is gone before there is a graph, and the tangent before the target's logits
+            with level.space.displaced(v) as move_to:
                 move_to(epsilon)
-                tangent = level.outputs(batch)
+                tangent = level.logits(batch, has_graph=False)
                 move_to(-epsilon)
-                tangent.sub_(level.outputs(batch)).div_((2 * epsilon).to(tangent.dtype))
-                move_to(0.0)
-                found.append(level.add_gauss_newton(batch, weights, tangent, gradient, product))
-        return [terms for terms, _ in found], torch.cat([derivatives for _, derivatives in found])
+                tangent.sub_(level.logits(batch, has_graph=False)).div_((2 * epsilon).to(tangent.dtype))
+            logits = level.logits(batch, has_graph=True)
+            derivatives.append(level.add_gauss_newton(logits, batch, weights, tangent, product, gradient is not None))
+            del tangent
+            if gradient is not None:
+                terms.append(level.add_gradient(batch, weights, gradient, logits))
+            del logits
+        return terms, torch.cat(derivatives)
 
 
 class Exact:
@@ -180,7 +185,7 @@ class Exact:
         if group_size(space.tp_group) > 1:
             raise UserError(
                 f"bilevel.curvature=exact needs proxy.tensor_parallel=1, not {group_size(space.tp_group)}: set it to "
-                "1, or take bilevel.curvature=finite-difference, which runs at any size"
+                "1, or take bilevel.curvature=gauss-newton, which runs at any size"
             )
 
     def evaluate[Batch](self, pool: Pool[Batch], z: Vector) -> Evaluation:

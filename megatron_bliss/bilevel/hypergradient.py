@@ -32,24 +32,20 @@ def directional_derivatives[Batch](lower: LowerLevel[Batch], batches: Sequence[B
 
 
 def score_logits[Batch](upper: UpperLevel[Batch], batches: Sequence[Batch]) -> list[Tensor]:
-    """Raw scores of each micro-batch, [b]. That of a single one has a graph, which `score_gradient` uses; with several
-    a graph kept until then would cost more memory than it saves time."""
-    with torch.set_grad_enabled(len(batches) == 1):
+    """Raw scores of each micro-batch, [b], without a graph: one kept until `score_gradient` would be there at the peak
+    of memory, and saves little."""
+    with torch.no_grad():
         return [upper.logits(batch) for batch in batches]
 
 
-def score_gradient[Batch](
-    upper: UpperLevel[Batch], batches: Sequence[Batch], logits: Sequence[Tensor], coefficients: Tensor
-) -> Vector:
+def score_gradient[Batch](upper: UpperLevel[Batch], batches: Sequence[Batch], coefficients: Sequence[Tensor]) -> Vector:
     """∇Φ = Σ_i c_i ∇s_i, reduced over all ranks: one backward pass a micro-batch, whose graph is gone after it.
 
-    :param logits: of `score_logits` at the same parameters.
-    :param coefficients: c_i of this rank's sequences in the order of `batches`, [local].
+    :param coefficients: c_i of each micro-batch's sequences, [b].
     """
     gradient = upper.space.accumulator()
-    parts = coefficients.split([len(part) for part in logits])
-    for batch, known, part in zip(batches, logits, parts, strict=True):
-        scores = scores_from_logits(known if known.requires_grad else upper.logits(batch))
+    for batch, part in zip(batches, coefficients, strict=True):
+        scores = scores_from_logits(upper.logits(batch))
         (scores * part.to(scores.dtype)).sum().backward()
         upper.space.harvest_(gradient)
     return upper.space.reduce_gradients(gradient)

@@ -23,10 +23,11 @@ class LowerLevel[Batch](Protocol):
 
     space: ParameterSpace
 
-    def add_gradient(self, batch: Batch, weights: Tensor, gradient: Vector) -> LowerTerms:
+    def add_gradient(self, batch: Batch, weights: Tensor, gradient: Vector, logits: Tensor | None = None) -> LowerTerms:
         """Add this micro-batch's ∇(Σ P_i L_i + γ KL) to `gradient`, not reduced over ranks.
 
         :param weights: P_i, [b].
+        :param logits: of `logits`, with a graph, where they are there already; used up.
         """
         ...
 
@@ -34,20 +35,20 @@ class LowerLevel[Batch](Protocol):
         """L_i, [b], without a graph."""
         ...
 
-    def outputs(self, batch: Batch) -> Tensor:
-        """The logits that losses and KL come from, any shape, in the precision of the masters; without a graph."""
+    def logits(self, batch: Batch, has_graph: bool) -> Tensor:
+        """What losses and KL are computed from, any shape; without a graph in the precision of the masters."""
         ...
 
     def add_gauss_newton(
-        self, batch: Batch, weights: Tensor, tangent: Tensor, gradient: Vector | None, product: Vector
-    ) -> tuple[LowerTerms, Tensor]:
-        """Add Jᵀ B `tangent` to `product`, and ∇(Σ P_i L_i + γ KL) to `gradient` where one is given; not reduced.
+        self, logits: Tensor, batch: Batch, weights: Tensor, tangent: Tensor, product: Vector, keeps_graph: bool
+    ) -> Tensor:
+        """Add Jᵀ B `tangent` to `product`, not reduced, and return ⟨v, ∇L_i⟩, [b].
 
-        B = (P_i-weighted) diag(p) − ppᵀ for each token, p the softmax of its logits: the Hessian of cross-entropy and
-        of KL(target ‖ ·) in the logits, and the Fisher matrix for the other direction of KL.
+        B = (weight of a token) · (diag(p) − ppᵀ), p the softmax of its logits: the Hessian of cross-entropy and of
+        KL(target ‖ ·) in the logits, and the Fisher matrix for the other direction of KL.
 
-        :param tangent: Jv, like `outputs`; overwritten.
-        :returns: the terms, and ⟨v, ∇L_i⟩, [b].
+        :param logits: of `logits`, with a graph; left as they are.
+        :param tangent: Jv, like the logits without a graph; overwritten.
         """
         ...
 

@@ -76,7 +76,7 @@ class BilevelLoop[Batch]:
         """
         factor = lr_factor(self.steps_done, self.settings.outer_steps, self.settings.lr_warmup_fraction)
         parts = score_logits(self.upper, batches)
-        logits = torch.cat([part.detach() for part in parts])
+        logits = torch.cat(parts)
         weights = importance_weights(scores_from_logits(logits), self.settings.weights, self._dp_group)
         pool = Pool(self.lower, batches, weights.split([len(part) for part in parts]), self.settings.ridge)
         if self.solver.is_simultaneous:
@@ -84,7 +84,8 @@ class BilevelLoop[Batch]:
         else:
             outcome = self._sequential(pool, validation, factor)
         coefficients = score_coefficients(weights, outcome.derivatives, self.settings.weights, self._dp_group)
-        score_norm = self.score_optimizer.step(score_gradient(self.upper, batches, parts, coefficients), factor)
+        gradient = score_gradient(self.upper, batches, coefficients.split([len(part) for part in parts]))
+        score_norm = self.score_optimizer.step(gradient, factor)
         self.steps_done += 1
         return self._metrics(logits, weights, outcome, score_norm)
 

@@ -50,11 +50,7 @@ class Optimizer:
 
         :returns: the gradient's norm before clipping.
         """
-        norm = self.space.norm(gradient)
-        is_sound = torch.isfinite(norm)
-        for part in gradient:
-            part.copy_(torch.where(is_sound, part, 0.0))
-        self.space.clip(gradient, self.settings.clip_grad)
+        norm = self.space.clip(gradient, self.settings.clip_grad)
         for parameter, part in zip(self.held, gradient, strict=True):
             parameter.grad = part
         for group in self.inner.param_groups:

@@ -112,8 +112,11 @@ class ParameterSpace:
 
     @torch.no_grad()
     def dot(self, u: Sequence[Tensor], v: Sequence[Tensor]) -> Tensor:
-        """⟨u, v⟩ over all tensor-parallel ranks: a float64 scalar on the parameters' device, equal on all ranks."""
-        return self._count_once(torch.stack([(a * b).sum(dtype=torch.float64) for a, b in zip(u, v, strict=True)]))
+        """⟨u, v⟩ over all tensor-parallel ranks: a float64 scalar on the parameters' device, equal on all ranks.
+
+        Sums within a tensor are in its own precision: converting the products would take more time than all the rest.
+        """
+        return self._count_once(torch.stack([(a * b).sum().double() for a, b in zip(u, v, strict=True)]))
 
     def _count_once(self, parts: Tensor) -> Tensor:
         """Sum a number a parameter, [parameters], to that of the whole model.
@@ -127,9 +130,10 @@ class ParameterSpace:
         sharded = torch.tensor(self.is_sharded, device=parts.device)
         return group_sum_(torch.where(sharded, parts, parts / ranks).sum(), self.tp_group)
 
+    @torch.no_grad()
     def norm(self, u: Sequence[Tensor]) -> Tensor:
         """‖u‖, a float64 scalar tensor."""
-        return self.dot(u, u).sqrt()
+        return self._count_once(torch.stack(torch._foreach_norm(list(u))).double().square()).sqrt()
 
     @torch.no_grad()
     def reduce_gradients(self, accumulator: Vector) -> Vector:
@@ -147,12 +151,15 @@ class ParameterSpace:
 
     @torch.no_grad()
     def clip(self, gradients: Vector, max_norm: float) -> Tensor:
-        """Scale in place to at most `max_norm` and return the norm before. No clipping where max_norm is 0."""
+        """Scale in place to at most `max_norm`, and return the norm before; no limit where max_norm is 0.
+
+        What is not finite as a whole becomes zero.
+        """
         norm = self.norm(gradients)
-        if max_norm > 0:
-            factor = (max_norm / norm.clamp_min(1e-12)).clamp_max(1.0)
-            for gradient in gradients:
-                gradient.mul_(factor)
+        factor = (max_norm / norm.clamp_min(1e-12)).clamp_max(1.0) if max_norm > 0 else torch.ones_like(norm)
+        factor = torch.where(torch.isfinite(norm), factor, 0.0)
+        for gradient in gradients:
+            gradient.mul_(factor).nan_to_num_(0.0, 0.0, 0.0)
         return norm
 
     @contextmanager

@@ -2,7 +2,7 @@
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -17,17 +17,20 @@ class Kernels:
     fused_softmax: bool  # Megatron's CUDA softmax in local layers, bf16 only
     fused_activation: bool  # bias and activation in one kernel, as pretrain() has it on GPUs
     fused_weight_gradient: bool  # Apex's gradient accumulation in the backward pass, for pretrain() only
+    fused_attention: bool  # torch's, in the local layers of side models
 
     def __str__(self) -> str:
         layers = "Transformer Engine" if self.transformer_engine else "Megatron's local ones"
         norms = "Transformer Engine" if self.transformer_engine else "Apex" if self.apex_norm else "torch"
-        return (
-            f"layers: {layers}, norms: {norms}, fused softmax: {'yes' if self.fused_softmax else 'no'}, "
-            f"fused bias and activation: {'yes' if self.fused_activation else 'no'}"
-        )
+        fused = {
+            "attention": self.transformer_engine or self.fused_attention,
+            "softmax": self.fused_softmax,
+            "bias and activation": self.fused_activation,
+        }
+        return f"layers: {layers}, norms: {norms}, fused: {', '.join(name for name, is_on in fused.items() if is_on)}"
 
 
-PLAIN = Kernels(False, False, False, False, False)  # torch's own operations, which can be differentiated twice
+PLAIN = Kernels(False, False, False, False, False, False)  # torch's own operations, which can be differentiated twice
 
 
 def is_importable(module: str) -> bool:
@@ -39,9 +42,9 @@ def is_importable(module: str) -> bool:
 
 
 def choose_kernels(on_gpu: bool, is_importable: Callable[[str], bool]) -> Kernels:
-    """The best of what is there. Nothing but plain torch is used without a GPU."""
+    """The best of what is there. Nothing but torch is used without a GPU."""
     if not on_gpu:
-        return PLAIN
+        return replace(PLAIN, fused_attention=True)
     transformer_engine = is_importable("transformer_engine.pytorch")
     local = not transformer_engine
     return Kernels(
@@ -50,6 +53,7 @@ def choose_kernels(on_gpu: bool, is_importable: Callable[[str], bool]) -> Kernel
         fused_softmax=local and is_importable("scaled_upper_triang_masked_softmax_cuda"),
         fused_activation=True,
         fused_weight_gradient=is_importable("fused_weight_gradient_mlp_cuda"),
+        fused_attention=local,
     )
 
 

@@ -69,10 +69,16 @@ class MegatronLowerLevel:
         self.gamma, self.kl_direction = gamma, kl_direction
         self._target_logits: tuple[MicroBatch, Tensor] | None = None
 
-    def add_gradient(self, batch: MicroBatch, weights: Tensor, gradient: Vector) -> LowerTerms:
+    def add_gradient(
+        self, batch: MicroBatch, weights: Tensor, gradient: Vector, logits: Tensor | None = None
+    ) -> LowerTerms:
         """See `LowerLevel`. Memory: one micro-batch's graph, its logits and the target's."""
-        logits = models.logits(self.proxy, batch.batch)
-        return self._add_gradient(logits, batch, weights, gradient)
+        logits = models.logits(self.proxy, batch.batch) if logits is None else logits
+        token_weights, kl_weights = self._weights(batch, weights)
+        divergence = self._divergence(batch)
+        cross_entropy, kl = self._backward(logits, batch, divergence, token_weights, kl_weights, gradient)
+        losses = mean_losses(everywhere(cross_entropy, batch.batch), batch.batch)
+        return LowerTerms(losses, kl.sum() / batch.num_tokens)
 
     @torch.no_grad()
     def losses(self, batch: MicroBatch) -> Tensor:
@@ -80,28 +86,24 @@ class MegatronLowerLevel:
         cross_entropy, _ = token_terms_(logits, labelled(batch.batch.labels, batch.batch), self.shard)
         return mean_losses(everywhere(cross_entropy, batch.batch), batch.batch)
 
-    @torch.no_grad()
-    def outputs(self, batch: MicroBatch) -> Tensor:
-        """Logits, float32 [n, v]."""
-        return models.logits(self.proxy, batch.batch).float()
+    def logits(self, batch: MicroBatch, has_graph: bool) -> Tensor:
+        """[n, v]: in the model's dtype with a graph, else float32."""
+        with torch.set_grad_enabled(has_graph):
+            logits = models.logits(self.proxy, batch.batch)
+        return logits if has_graph else logits.float()
 
     def add_gauss_newton(
-        self, batch: MicroBatch, weights: Tensor, tangent: Tensor, gradient: Vector | None, product: Vector
-    ) -> tuple[LowerTerms, Tensor]:
-        """See `LowerLevel`. Memory: as `add_gradient`, and the tangent."""
+        self, logits: Tensor, batch: MicroBatch, weights: Tensor, tangent: Tensor, product: Vector, keeps_graph: bool
+    ) -> Tensor:
+        """See `LowerLevel`."""
         token_weights, kl_weights = self._weights(batch, weights)
-        has_kl = self.target is not None or batch.target is not None
-        total = token_weights + kl_weights if has_kl else token_weights
-        logits = models.logits(self.proxy, batch.batch)
-        along = gauss_newton_(logits.detach(), tangent, labelled(batch.batch.labels, batch.batch), self.shard, total)
-        tangent = tangent.to(logits.dtype)
-        torch.autograd.backward(logits, tangent, retain_graph=gradient is not None)
+        if self.target is not None or batch.target is not None:
+            token_weights = token_weights + kl_weights
+        labels = labelled(batch.batch.labels, batch.batch)
+        along = gauss_newton_(logits.detach(), tangent, labels, self.shard, token_weights)
+        torch.autograd.backward(logits, tangent.to(logits.dtype), retain_graph=keeps_graph)
         self.space.harvest_(product)
-        if gradient is not None:
-            terms = self._add_gradient(logits, batch, weights, gradient)
-        else:  # a solver asks for another product: the terms are known
-            terms = LowerTerms(weights.new_zeros(len(weights)), weights.new_zeros(()))
-        return terms, mean_losses(everywhere(along, batch.batch), batch.batch)
+        return mean_losses(everywhere(along, batch.batch), batch.batch)
 
     def objective(self, batch: MicroBatch, weights: Tensor) -> Tensor:
         """See `LowerLevel`; plain torch operations on the whole vocabulary, so for one tensor-parallel rank."""
@@ -118,13 +120,6 @@ class MegatronLowerLevel:
         weights = labelled(batch.batch.loss_mask, batch.batch) / batch.num_tokens
         cross_entropy, _ = self._backward(logits, batch, None, weights, None, gradient)
         return (cross_entropy * weights).sum()
-
-    def _add_gradient(self, logits: Tensor, batch: MicroBatch, weights: Tensor, gradient: Vector) -> LowerTerms:
-        token_weights, kl_weights = self._weights(batch, weights)
-        divergence = self._divergence(batch)
-        cross_entropy, kl = self._backward(logits, batch, divergence, token_weights, kl_weights, gradient)
-        losses = mean_losses(everywhere(cross_entropy, batch.batch), batch.batch)
-        return LowerTerms(losses, kl.sum() / batch.num_tokens)
 
     def _weights(self, batch: MicroBatch, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Of each labelled token in G, for its cross-entropy and its KL: [n] each."""

@@ -28,6 +28,7 @@ from torch import Tensor
 from megatron_bliss.config import ModelConfig
 from megatron_bliss.errors import UserError
 from megatron_bliss.mcore.architectures import Architecture, resolve
+from megatron_bliss.mcore.attention import FusedCausalAttention
 from megatron_bliss.mcore.batches import Batch
 from megatron_bliss.mcore.kernels import PLAIN, Kernels, available_kernels
 from megatron_bliss.mcore.parallel import ParallelContext
@@ -128,6 +129,9 @@ def layer_spec(config: TransformerConfig, kernels: Kernels) -> Any:
     else:
         norm = torch_norm
     layer.submodules = replace(layer.submodules, input_layernorm=norm, pre_mlp_layernorm=norm)
+    if kernels.fused_attention:
+        attention = layer.submodules.self_attention
+        attention.submodules = replace(attention.submodules, core_attention=FusedCausalAttention)
     return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=norm)
 
 

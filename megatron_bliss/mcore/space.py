@@ -77,27 +77,36 @@ class MegatronSpace(ParameterSpace):
         else:
             super().push()
 
-    def _buffers(self) -> list[Tensor]:
-        """Where backward passes add the gradients: views into DDP's buffers, float32."""
-        return [parameter.main_grad for parameter in self.parameters]  # type: ignore[attr-defined]
-
     def accumulator(self) -> Vector:
-        return [torch.zeros_like(parameter, dtype=torch.float32) for parameter in self.parameters]
+        return _Accumulator(self.ddp.buffers, self.parameters)
 
     @torch.no_grad()
     def harvest_(self, accumulator: Vector) -> None:
-        torch._foreach_add_(accumulator, self._buffers())
-        self.ddp.zero_grad_buffer()
+        assert isinstance(accumulator, _Accumulator)
+        for whole, buffer in zip(accumulator.buffers, self.ddp.buffers, strict=True):
+            whole.add_(buffer.grad_data)
+        self._empty_buffers()
 
     @torch.no_grad()
     def reduce_gradients(self, accumulator: Vector) -> Vector:
+        assert isinstance(accumulator, _Accumulator)
         self.sum_partial_(accumulator)
         if group_size(self.dp_group) > 1:
-            torch._foreach_copy_(self._buffers(), accumulator)
+            for whole, buffer in zip(accumulator.buffers, self.ddp.buffers, strict=True):
+                buffer.grad_data.copy_(whole)
             self.ddp.finish_grad_sync()
-            torch._foreach_copy_(accumulator, self._buffers())
-            self.ddp.zero_grad_buffer()
+            for whole, buffer in zip(accumulator.buffers, self.ddp.buffers, strict=True):
+                whole.copy_(buffer.grad_data)
+            self._empty_buffers()
         return self.own(accumulator)
+
+    def _empty_buffers(self) -> None:
+        """What DDP's own `zero_grad_buffer` does, without its loop over the parameters: no kernel here adds to the
+        buffers behind the gradients' back."""
+        for buffer in self.ddp.buffers:
+            buffer.reset()
+        for group in self.ddp.bucket_groups:
+            group.reset()
 
     def own(self, whole: Vector) -> Vector:
         if not isinstance(self._wrapper, DistributedOptimizer):
@@ -108,7 +117,7 @@ class MegatronSpace(ParameterSpace):
     def whole(self, vector: Vector) -> Vector:
         if not isinstance(self._wrapper, DistributedOptimizer):
             return vector
-        whole = self.accumulator()
+        whole = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in self.parameters]
         for part, own, values in zip(whole, self._ranges, vector, strict=True):
             part.view(-1)[own] = values
         sum_buckets_(whole, self.dp_group)
@@ -117,6 +126,19 @@ class MegatronSpace(ParameterSpace):
     def _count_once(self, parts: Tensor) -> Tensor:
         total = super()._count_once(parts)
         return group_sum_(total, self.dp_group) if self.is_shared_out else total
+
+
+class _Accumulator(list[Tensor]):
+    """Zeros like the parameters, laid out as DDP's gradient buffers: one addition a buffer."""
+
+    def __init__(self, buffers: list[Any], parameters: list[Tensor]) -> None:
+        self.buffers = [torch.zeros_like(buffer.grad_data) for buffer in buffers]
+        views = {
+            parameter: whole[place[0] : place[1]].view(parameter.shape)
+            for whole, buffer in zip(self.buffers, buffers, strict=True)
+            for parameter, place in buffer.param_index_map.items()
+        }
+        super().__init__(views[parameter] for parameter in parameters)
 
 
 def _wrapped(model: torch.nn.Module, distributed: bool) -> Any:

@@ -127,7 +127,7 @@ def bilevel_flops_per_step(config: RunConfig) -> float:
         passes += _PRODUCT[bilevel.curvature] * _further_products(config)
         if _has_gradient_of_its_own(config):
             passes += 1
-    passes += 1 if _micro_batches(config) == 1 else 1 + _FORWARD  # score model: weights, then its own step
+    passes += 1 + _FORWARD  # score model: weights, then its own step
     return (
         batch * passes
         + validation

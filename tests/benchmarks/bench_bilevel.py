@@ -1,10 +1,11 @@
 """One outer step of the engine beside the authors' loop (`reference_loop.py`): seconds, phases, memory.
 
 Both sides have the same models, batch and inner steps and two threads, each in a process of its own; the engine has the
-defaults of `BilevelConfig`. Seconds are the median of REPEATS steps after WARM_UP. Memory is the peak of the resident
-set over all steps above what is resident before the first one, when the models are built (VmHWM in /proc/self/status,
-set back at that point). `memory_ratio` is that of the authors' loop as it is, `memory_ratio_plain_target` that of one
-whose target builds no graph.
+defaults of `BilevelConfig` and micro-batches of 512 tokens. Fused attention has no second derivative: the authors'
+proxy does without. Seconds are the median of REPEATS steps after WARM_UP, in each of ROUNDS processes a side. Memory
+is the peak of the resident set over all steps above what is resident before the first one, when the models are built
+(VmHWM in /proc/self/status, set back at that point). `memory_ratio` is that of the authors' loop as it is,
+`memory_ratio_plain_target` that of one whose target builds no graph.
 
 `tp2_ok`: on two tensor-parallel processes of one thread each the engine takes the steps it takes on one: losses agree
 within LOSS_TOLERANCE, the coefficients c_i and the norm of the hypergradient Σ c_i ∇s_i within
@@ -13,7 +14,7 @@ HYPERGRADIENT_TOLERANCE, relative.
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -36,7 +37,7 @@ from megatron_bliss.stages.bilevel import assemble
 from tests.benchmarks.reference_loop import Models, Phases, ReferenceLoop, Settings
 from tests.distributed import run_ranks
 
-WARM_UP, REPEATS, THREADS = 2, 7, 2
+WARM_UP, REPEATS, ROUNDS, THREADS = 2, 3, 5, 2
 LABELLED = 4  # last tokens of a validation sequence that carry loss: the answer
 LOSS_TOLERANCE, HYPERGRADIENT_TOLERANCE = 1e-5, 2e-3
 
@@ -48,18 +49,19 @@ class Size:
     vocab_size: int
     length: int  # predicted tokens of a sequence
     batch: int  # sequences, of the pool and of the validation set
+    micro_batch: int  # of the engine
 
 
 SIZES = {
     "S": Size(  # proxy 1.3 M parameters, target 7.4 M
         ModelConfig(preset="small"),
         ModelConfig(preset="small", num_layers=8, hidden_size=256, num_attention_heads=8),
-        vocab_size=2048, length=128, batch=8,
+        vocab_size=2048, length=128, batch=8, micro_batch=4,
     ),
     "M": Size(  # 13 M, 55 M
         ModelConfig(preset="pythia-31m"),
         ModelConfig(preset="pythia-70m", num_layers=12),
-        vocab_size=16384, length=256, batch=4,
+        vocab_size=16384, length=256, batch=4, micro_batch=2,
     ),
 }  # fmt: skip
 
@@ -73,22 +75,31 @@ def measure() -> dict[str, Any]:
     return results
 
 
-def compare(size: Size, repeats: int = REPEATS) -> dict[str, Any]:
-    sides = {
-        "reference": run(authors, size, repeats=repeats),
-        "reference_plain_target": run(partial(authors, target_graph=False), size, repeats=repeats),
-        "engine": run(engine, size, repeats=repeats),
-        "engine_bf16_target": run(engine, replace(size, target=replace(size.target, bf16=True)), repeats=repeats),
+def compare(size: Size, rounds: int = ROUNDS) -> dict[str, Any]:
+    """The sides take turns, so that a machine that gets slower for a while does so for all of them; ratios are those
+    of a round, and their median is given with the smallest and the largest."""
+    makers: dict[str, Callable[[], dict[str, Any]]] = {
+        "reference": lambda: run(authors, size),
+        "engine": lambda: run(engine, size),
+        "engine_bf16_target": lambda: run(engine, replace(size, target=replace(size.target, bf16=True))),
     }
-    reference, ours = sides["reference"], sides["engine"]
+    found = [{name: make() for name, make in makers.items()} for _ in range(rounds)]
+    plain = run(partial(authors, target_graph=False), size)
+
+    def ratios(over: str, under: str, figure: str) -> list[float]:
+        return sorted(sides[over][figure] / sides[under][figure] for sides in found)
+
+    speedups, with_bf16 = ratios("reference", "engine", "seconds"), ratios("reference", "engine_bf16_target", "seconds")
     return {
-        "reference_s": reference["seconds"],
-        "engine_s": ours["seconds"],
-        "speedup": reference["seconds"] / ours["seconds"],
-        "speedup_bf16_target": reference["seconds"] / sides["engine_bf16_target"]["seconds"],
-        "memory_ratio": ours["peak_mb"] / reference["peak_mb"],
-        "memory_ratio_plain_target": ours["peak_mb"] / sides["reference_plain_target"]["peak_mb"],
-    } | {name: shown(side) for name, side in sides.items()}
+        "reference_s": statistics.median(sides["reference"]["seconds"] for sides in found),
+        "engine_s": statistics.median(sides["engine"]["seconds"] for sides in found),
+        "speedup": statistics.median(speedups),
+        "speedup_spread": [speedups[0], speedups[-1]],
+        "speedup_bf16_target": statistics.median(with_bf16),
+        "speedup_bf16_target_spread": [with_bf16[0], with_bf16[-1]],
+        "memory_ratio": statistics.median(ratios("engine", "reference", "peak_mb")),
+        "memory_ratio_plain_target": found[0]["engine"]["peak_mb"] / plain["peak_mb"],
+    } | {name: shown(found[0][name]) for name in makers}
 
 
 def shown(side: dict[str, Any]) -> dict[str, Any]:
@@ -113,7 +124,7 @@ def _rank(
 
 
 def authors(size: Size, context: ParallelContext, repeats: int, target_graph: bool = True) -> dict[str, Any]:
-    proxy, target, score = build(size, context)
+    proxy, target, score = build(size, context, plain_proxy=True)  # fused attention has no second derivative
     settings, ours = Settings(target_graph=target_graph), BilevelConfig()
     assert settings.inner_steps == ours.inner_steps
 
@@ -136,7 +147,7 @@ def authors(size: Size, context: ParallelContext, repeats: int, target_graph: bo
 def engine(size: Size, context: ParallelContext, repeats: int) -> dict[str, Any]:
     """Timings, and the losses and hypergradient of the last step."""
     proxy, target, score = build(size, context)
-    settings = BilevelConfig(batch_size=size.batch, validation_batch_size=size.batch)
+    settings = BilevelConfig(batch_size=size.batch, validation_batch_size=size.batch, micro_batch_size=size.micro_batch)
     loop = assemble(settings, proxy, score, target.requires_grad_(False), context, size.vocab_size)
     phases = Phases()
     last: dict[str, Any] = {}
@@ -148,9 +159,9 @@ def engine(size: Size, context: ParallelContext, repeats: int) -> dict[str, Any]
         ]
         last.update(loop.step(*parts))
 
-    def kept(gradient: Callable[..., Any], upper: Any, parts: Any, logits: Any, coefficients: torch.Tensor) -> Any:
-        last["coefficients"] = coefficients.tolist()
-        return gradient(upper, parts, logits, coefficients)
+    def kept(gradient: Callable[..., Any], upper: Any, parts: Any, coefficients: Sequence[torch.Tensor]) -> Any:
+        last["coefficients"] = torch.cat(list(coefficients)).tolist()
+        return gradient(upper, parts, coefficients)
 
     with (
         patch.object(loop_module, "score_gradient", partial(kept, score_gradient)),
@@ -187,9 +198,9 @@ def counted(function: Callable[..., Any], phases: Phases, phase: str) -> Callabl
     return wrapper
 
 
-def build(size: Size, context: ParallelContext) -> tuple[Any, Any, Any]:
+def build(size: Size, context: ParallelContext, plain_proxy: bool = False) -> tuple[Any, Any, Any]:
     """Proxy, target and score model with a head that is not zero, the same for every side and layout."""
-    proxy = models.build_language_model(size.proxy, size.vocab_size, context)
+    proxy = models.build_language_model(size.proxy, size.vocab_size, context, plain_kernels=plain_proxy)
     target = models.build_language_model(size.target, size.vocab_size, context)
     score = build_score_model(size.proxy, size.vocab_size, context)
     head = score.score_head.weight
