@@ -85,7 +85,7 @@ def gpt_arguments(
     config = transformer_config(architecture, kernels, model.bf16, context, recompute)
     return {
         "config": config,
-        "transformer_layer_spec": layer_spec(config, kernels),
+        "transformer_layer_spec": layer_spec(config, kernels, context.pp_rank),
         "parallel_output": True,
         "pre_process": context.pp_rank == 0,
         "post_process": context.is_last_stage,
@@ -117,8 +117,8 @@ def transformer_config(
     return TransformerConfig(**architecture.transformer_config_kwargs(), **kwargs)
 
 
-def layer_spec(config: TransformerConfig, kernels: Kernels) -> Any:
-    """Modules of the transformer's layers and of its last norm."""
+def layer_spec(config: TransformerConfig, kernels: Kernels, pp_rank: int = 0) -> Any:
+    """Modules of the transformer's layers, of one pipeline stage, and of its last norm."""
     if kernels.transformer_engine:
         return get_gpt_layer_with_transformer_engine_spec()
     layer = get_gpt_layer_local_spec(normalization=config.normalization)
@@ -132,7 +132,7 @@ def layer_spec(config: TransformerConfig, kernels: Kernels) -> Any:
     if kernels.fused_attention:
         attention = layer.submodules.self_attention
         attention.submodules = replace(attention.submodules, core_attention=FusedCausalAttention)
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=norm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, pp_rank=pp_rank), layer_norm=norm)
 
 
 def torch_norm(config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> torch.nn.Module:
