@@ -133,7 +133,7 @@ def test_chosen_kernels_reach_megatrons_configuration(preset: str, monkeypatch: 
     from megatron_bliss.mcore.kernels import PLAIN
 
     architecture = resolve(ModelConfig(preset=preset))
-    context: Any = SimpleNamespace(tp_size=2, pp_rank=0, pp_size=1, sequence_parallel=True)
+    context: Any = SimpleNamespace(tp_size=2, pp_rank=0, pp_size=1, is_last_stage=True, sequence_parallel=True)
     kernels = replace(PLAIN, apex_norm=True, fused_softmax=True, fused_activation=True)
     config = models.transformer_config(architecture, kernels, True, context, recompute=True)
     assert config.masked_softmax_fusion

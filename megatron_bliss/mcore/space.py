@@ -5,6 +5,7 @@ Megatron's: plain, with float32 masters of bfloat16 parameters, or the distribut
 rank holds masters and moments of its own part of each parameter. Vectors are shaped like the masters in each case.
 """
 
+import logging
 from typing import Any
 
 import torch
@@ -16,6 +17,11 @@ from torch import Tensor
 from megatron_bliss.bilevel.optimizer import AdamSettings, Optimizer
 from megatron_bliss.bilevel.space import ParameterSpace, Vector, group_size, group_sum_, sum_buckets_
 from megatron_bliss.mcore.parallel import ParallelContext
+
+
+# they announce their whole configuration, buffer by buffer
+for _name in ("megatron.core.distributed", "megatron.core.optimizer"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
 
 class MegatronSpace(ParameterSpace):

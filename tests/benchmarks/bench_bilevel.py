@@ -10,6 +10,8 @@ is the peak of the resident set over all steps above what is resident before the
 `tp2_ok`: on two tensor-parallel processes of one thread each the engine takes the steps it takes on one: losses agree
 within LOSS_TOLERANCE, the coefficients c_i and the norm of the hypergradient Σ c_i ∇s_i within
 HYPERGRADIENT_TOLERANCE, relative.
+
+`scaling`: the engine at S with larger batches in micro-batches of the same size.
 """
 
 import statistics
@@ -71,8 +73,22 @@ def measure() -> dict[str, Any]:
     alone, shared = (run(engine, SIZES["S"], tensor_parallel) for tensor_parallel in (1, 2))
     loss_error, hypergradient_error = differences(alone, shared)
     results["tp2_ok"] = loss_error < LOSS_TOLERANCE and hypergradient_error < HYPERGRADIENT_TOLERANCE
+    results["scaling"] = scaling()
     results["tp2"] = {"loss_error": loss_error, "hypergradient_error": hypergradient_error, **shown(shared)}
     return results
+
+
+def scaling() -> dict[str, Any]:
+    """Seconds and peak memory of the engine at S by the sequences of a batch: linear, and always the same."""
+    found = {batch: run(engine, replace(SIZES["S"], batch=batch)) for batch in (8, 16, 32)}
+    return {
+        str(batch): {
+            "seconds": side["seconds"],
+            "seconds_per_sequence": side["seconds"] / batch / 2,
+            "peak_mb": side["peak_mb"],
+        }
+        for batch, side in found.items()
+    }
 
 
 def compare(size: Size, rounds: int = ROUNDS) -> dict[str, Any]:
