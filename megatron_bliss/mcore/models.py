@@ -132,7 +132,8 @@ def layer_spec(config: TransformerConfig, kernels: Kernels, pp_rank: int = 0) ->
     if kernels.fused_attention:
         attention = layer.submodules.self_attention
         attention.submodules = replace(attention.submodules, core_attention=FusedCausalAttention)
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, pp_rank=pp_rank), layer_norm=norm)
+    num_layers = get_num_layers_to_build(config, pp_rank=pp_rank)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
 
 
 def torch_norm(config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> torch.nn.Module:

@@ -18,7 +18,6 @@ from megatron_bliss.bilevel.optimizer import AdamSettings, Optimizer
 from megatron_bliss.bilevel.space import ParameterSpace, Vector, group_size, group_sum_, sum_buckets_
 from megatron_bliss.mcore.parallel import ParallelContext
 
-
 # they announce their whole configuration, buffer by buffer
 for _name in ("megatron.core.distributed", "megatron.core.optimizer"):
     logging.getLogger(_name).setLevel(logging.ERROR)
