@@ -272,7 +272,9 @@ def test_flops_of_an_outer_step_by_hand(tmp_path: Path) -> None:
     blocks, output, attention = 2 * (4 * 32 * 32 + 2 * 32 * 64), 256 * 32, 2 * 2 * 32 * 32
     per_token = 3 * (2 * (blocks + output) + attention)  # proxy and target alike
     batch = 8 * 32 * per_token
-    # defaults, two micro-batches: two displaced gradients with the target's logits once, validation, score model
+    # defaults: three forward and two backward passes with the target's logits once, validation, score model
+    assert bilevel_flops_per_step(config) == pytest.approx(batch * (1 + 4 / 3 + 1 + 4 / 3 + 1 / 3))
+    config.bilevel.curvature = "finite-difference"  # two displaced gradients
     assert bilevel_flops_per_step(config) == pytest.approx(batch * (2 + 1 + 4 / 3 + 1 / 3))
     config.bilevel.gamma, config.bilevel.curvature = 0, "none"
     assert bilevel_flops_per_step(config) == pytest.approx(batch * (1 + 2 / 3 + 1 + 4 / 3))
