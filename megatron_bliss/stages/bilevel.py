@@ -2,14 +2,12 @@
 
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from megatron_bliss.artifacts import RunPaths, digest_tree
 from megatron_bliss.bilevel.curvature import Pool, check_exact, make_curvature
 from megatron_bliss.bilevel.loop import BilevelLoop, LoopSettings
-from megatron_bliss.bilevel.optimizer import AdamSettings
 from megatron_bliss.bilevel.solvers import Averaged, ConjugateGradient, Paper, Solver
 from megatron_bliss.bilevel.space import ParameterSpace, group_size
 from megatron_bliss.config import BilevelConfig, RunConfig, read_saved_config
@@ -27,7 +25,7 @@ from megatron_bliss.stages.bilevel_data import BilevelData, BilevelDraws
 from megatron_bliss.stages.cache_target import purpose_of
 from megatron_bliss.stages.inventory import run_inventory
 from megatron_bliss.stages.sources import resume, target_checkpoint
-from megatron_bliss.stages.warmup_proxy import proxy_directory
+from megatron_bliss.stages.warmup_proxy import adam_settings, proxy_directory
 
 Loop = BilevelLoop[MicroBatch]
 
@@ -135,10 +133,7 @@ def assemble(
     distributed_optimizer: bool = False,
 ) -> Loop:
     """The loop on models that hold the weights to begin with."""
-    adam = AdamSettings(
-        weight_decay=settings.weight_decay, betas=(settings.beta1, settings.beta2), clip_grad=settings.clip_grad
-    )
-    proxy_adam, score_adam = replace(adam, lr=settings.lr_proxy), replace(adam, lr=settings.lr_score)
+    proxy_adam, score_adam = (adam_settings(settings, lr) for lr in (settings.lr_proxy, settings.lr_score))
     space = MegatronSpace(proxy, context, proxy_adam, distributed_optimizer)
     score_space = MegatronSpace(score_model, context, score_adam, distributed_optimizer)
     shard = VocabShard.of(context, vocab_size)

@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_bliss.artifacts import RunPaths
 from megatron_bliss.bilevel.optimizer import AdamSettings, Optimizer, lr_factor
 from megatron_bliss.bilevel.space import ParameterSpace, Vector, group_sum_
-from megatron_bliss.config import RunConfig, read_saved_config, warmup_run
+from megatron_bliss.config import BilevelConfig, RunConfig, read_saved_config, warmup_run
 from megatron_bliss.data.sampling import SequenceSampler, share_of_rank
 from megatron_bliss.data.seeds import derive, hash_positions
 from megatron_bliss.data.selection import Selection
@@ -48,12 +48,7 @@ def run(run_dir: Path) -> None:
         done = resume("warmup-proxy", directory, sources, context.is_first) or 0
     vocab_size = config.data.tokenizer.vocab_size
     model = build_language_model(config.proxy.model, vocab_size, context, config.proxy.recompute)
-    adam = AdamSettings(
-        lr=config.warmup.proxy_lr,
-        weight_decay=config.bilevel.weight_decay,
-        betas=(config.bilevel.beta1, config.bilevel.beta2),
-        clip_grad=config.bilevel.clip_grad,
-    )
+    adam = adam_settings(config.bilevel, config.warmup.proxy_lr)
     space = MegatronSpace(model, context, adam, config.proxy.distributed_optimizer)
     optimizer = space.optimizer(adam)
     if done:
@@ -78,6 +73,11 @@ def run(run_dir: Path) -> None:
         if done % config.target.save_interval == 0 or done == num_steps:
             vectors = whole_vectors(optimizer)
             checkpoints.save(directory, done, {checkpoints.MODEL: model}, {checkpoints.MODEL: vectors}, {}, keep=1)
+
+
+def adam_settings(settings: BilevelConfig, lr: float) -> AdamSettings:
+    """Those of the side models: what `bilevel` says, and a learning rate."""
+    return AdamSettings(lr, settings.weight_decay, (settings.beta1, settings.beta2), settings.clip_grad)
 
 
 def whole_vectors(optimizer: Optimizer) -> dict[str, Vector]:
