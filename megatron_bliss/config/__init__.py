@@ -1,0 +1,39 @@
+"""Every setting of a run: dataclasses, one file a subject; YAML and `key=value` in files.py.
+
+The defaults are the recipe of the BLISS paper (arXiv 2510.06048) for a 410M model; what they leave open is the data.
+Sizes are in sequences, steps or tokens as each line says.
+"""
+
+from megatron_bliss.config.data import DataConfig, DomainConfig, TokenizerConfig
+from megatron_bliss.config.files import differences, load_config, read_saved_config, save_config
+from megatron_bliss.config.launch import LaunchConfig
+from megatron_bliss.config.methods import BILEVEL_PRESETS, BilevelConfig, PerplexityConfig
+from megatron_bliss.config.models import EvaluationConfig, ModelConfig, ProxyConfig, TargetConfig, WarmupConfig
+from megatron_bliss.config.run import ControlConfig, RunConfig, control_config, warmup_run
+from megatron_bliss.config.selection import QuotaConfig, ScoringConfig, SelectionConfig
+
+__all__ = [
+    "BILEVEL_PRESETS",
+    "BilevelConfig",
+    "ControlConfig",
+    "DataConfig",
+    "DomainConfig",
+    "EvaluationConfig",
+    "LaunchConfig",
+    "ModelConfig",
+    "PerplexityConfig",
+    "ProxyConfig",
+    "QuotaConfig",
+    "RunConfig",
+    "ScoringConfig",
+    "SelectionConfig",
+    "TargetConfig",
+    "TokenizerConfig",
+    "WarmupConfig",
+    "control_config",
+    "differences",
+    "load_config",
+    "read_saved_config",
+    "save_config",
+    "warmup_run",
+]

@@ -1,0 +1,59 @@
+"""What each method does."""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass
+class BilevelConfig:
+    """The BLISS loop (DESIGN §2.1). `preset: paper` follows the authors' published procedure."""
+
+    preset: str = "default"  # default | paper
+    outer_steps: int = 3000  # a round
+    inner_steps: int = 1  # AdamW steps on the proxy in each outer step (T)
+    batch_size: int = 32  # sequences of the pool in each step, over all data-parallel ranks
+    validation_batch_size: int = 32  # sequences of the validation set in each step
+    micro_batch_size: int = 4  # sequences a forward pass
+    lr_proxy: float = 1e-5
+    lr_score: float = 1e-5
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    clip_grad: float = 1.0
+    lr_warmup_fraction: float = 0.1  # then cosine, to zero
+    gamma: float = 1e-2  # weight of the KL term; 0 turns it off
+    kl_direction: str = "target_proxy"  # KL(target ‖ proxy), as the authors compute it | proxy_target
+    kl_source: str = "live"  # live: the target runs in the loop | cached: a stage of its own writes what it says before
+    kl_top_k: int = 64  # ids of each token that a cached target is known at; the rest is one outcome
+    lambda_: float = 1e-6  # weight of ‖θ_p‖²
+    weights: str = "softmax"  # softmax of the scores over the batch | naive: score / batch size
+    restart_score: bool = False  # a fresh score model in each round
+    curvature: str = "gauss-newton"  # none | finite-difference | gauss-newton | exact (TP 1, plain torch ops)
+    solver: str = "averaged"  # averaged: warm-started, running average of ∇f | conjugate-gradient: the same, z_steps
+    # iterations of it, for curvature gauss-newton | paper: restarted from a constant
+    z_steps: int = 1  # steps on the linear system in each outer step
+    z_lr: float = 0.05
+    damping: float = 1.0  # δ
+    gradient_average: float = 0.99  # β of the running average of ∇f; 0 uses the last batch alone
+    checkpoint_interval: int = 100  # outer steps
+
+    @property
+    def uses_cached_target(self) -> bool:
+        return self.kl_source == "cached" and self.gamma != 0
+
+
+@dataclass
+class PerplexityConfig:
+    """The `perplexity` method: the proxy's mean loss on a sequence."""
+
+    keep: str = "low"  # low | middle | high
+
+
+# What `preset: paper` sets; the 410M settings of the authors' code. Settings given by the user win over it.
+BILEVEL_PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "paper": {
+        "curvature": "exact", "solver": "paper", "z_steps": 3, "z_lr": 1e-2, "damping": 1e-2, "gradient_average": 0.0,
+        "lr_proxy": 1e-5, "lr_score": 1e-5, "inner_steps": 1, "kl_direction": "target_proxy", "weights": "softmax",
+    },
+}  # fmt: skip

@@ -1,0 +1,80 @@
+"""One experiment and its control arms."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from omegaconf import MISSING
+
+from megatron_bliss.artifacts import RunPaths
+from megatron_bliss.config.data import DataConfig
+from megatron_bliss.config.launch import LaunchConfig
+from megatron_bliss.config.methods import BilevelConfig, PerplexityConfig
+from megatron_bliss.config.models import EvaluationConfig, ProxyConfig, TargetConfig, WarmupConfig
+from megatron_bliss.config.selection import ScoringConfig, SelectionConfig
+
+
+@dataclass
+class ControlConfig:
+    """An arm beside the main one, from the same warm-up, with the same schedule and tokens."""
+
+    name: str = MISSING
+    method: str = "random"
+    steps_factor: float = 1.0  # longer than the main arm by this factor, on as much more data
+    perplexity: PerplexityConfig = field(default_factory=PerplexityConfig)
+
+
+@dataclass
+class RunConfig:
+    """One experiment."""
+
+    seed: int = 1234
+    method: str = "bliss"  # bliss | perplexity | random
+    rounds: int = 4
+    round_steps: int = 10_000  # optimizer steps of the LLM in a round
+    data: DataConfig = field(default_factory=DataConfig)
+    target: TargetConfig = field(default_factory=TargetConfig)
+    proxy: ProxyConfig = field(default_factory=ProxyConfig)
+    warmup: WarmupConfig = field(default_factory=WarmupConfig)
+    bilevel: BilevelConfig = field(default_factory=BilevelConfig)
+    perplexity: PerplexityConfig = field(default_factory=PerplexityConfig)
+    scoring: ScoringConfig = field(default_factory=ScoringConfig)
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    controls: list[ControlConfig] = field(default_factory=list)
+
+    @property
+    def num_slices(self) -> int:
+        """Disjoint parts of the pool: one for the warm-up, one a round."""
+        return self.rounds + 1
+
+    @property
+    def is_model_parallel(self) -> bool:
+        """Whether any model is split inside its layers."""
+        return max(self.target.tensor_parallel, self.target.context_parallel, self.proxy.tensor_parallel) > 1
+
+    def round_end(self, round_number: int) -> int:
+        """The LLM's iteration at the end of a round; round 0 is the warm-up."""
+        return self.warmup.target_steps + round_number * self.round_steps
+
+
+def control_config(config: RunConfig, control: ControlConfig, main_run: Path) -> RunConfig:
+    """The settings of a control arm as a run of its own, with as much more data as it takes more steps."""
+    return replace(
+        config,
+        method=control.method,
+        round_steps=round(config.round_steps * control.steps_factor),
+        selection=replace(
+            config.selection,
+            fraction=config.selection.fraction and config.selection.fraction * control.steps_factor,
+            tokens=config.selection.tokens and round(config.selection.tokens * control.steps_factor),
+        ),
+        warmup=replace(config.warmup, start_from=config.warmup.start_from or str(main_run)),
+        perplexity=control.perplexity,
+        controls=[],
+    )
+
+
+def warmup_run(config: RunConfig, paths: RunPaths) -> RunPaths:
+    """The run whose warm-up a run starts from: its own, or that of `warmup.start_from`."""
+    return RunPaths(Path(config.warmup.start_from)) if config.warmup.start_from else paths
