@@ -24,6 +24,10 @@ _CHOICES = {
     "bilevel.solver": ("averaged", "conjugate-gradient", "paper"),
     "perplexity.keep": ("low", "middle", "high"),
 }
+_ONLINE_CHOICES = {
+    "method": ("none", "blade", "rho1", "self"),
+    "scope": ("micro-batch", "sequence", "global-batch"),
+}
 _SELECTION_CHOICES = {"blend": ("pool", "keep", "score"), "pool": ("slice", "all")}
 _ROUNDING = 1e-12  # of sums of shares: less than a token of any pool
 _MAX_FLOAT32 = 3.4028234663852886e38
@@ -113,6 +117,8 @@ def check(settings: Any) -> None:
     _check_pool(settings.data.pool)
     _check_controls(settings)
     check_selection(settings.selection, [domain.name for domain in settings.data.pool])
+    check_online(settings.online)
+    _check_online_layout(settings)
     _check_pool_lasts(settings)
     if settings.selection.threshold is not None and (settings.method == "random" or settings.controls):
         raise UserError(
@@ -180,6 +186,42 @@ def check_selection(selection: Any, domains: list[str]) -> None:
         if not holds:
             raise UserError(f"selection.{name} is {getattr(selection, name)}; it {rule}")
     _check_quotas(selection, domains)
+
+
+def check_online(online: Any) -> None:
+    """:param online: an `OnlineConfig`.
+    :raises UserError: naming the first setting that cannot work.
+    """
+    for name, choices in _ONLINE_CHOICES.items():
+        _check_choice(f"online.{name}", getattr(online, name), choices)
+    size = online.reference_batch_size
+    rules: list[tuple[str, bool, str]] = [
+        ("keep", 0 < online.keep <= 1, "must be above 0 and at most 1"),
+        ("sync_interval", online.sync_interval > 0, "must be above 0"),
+        ("reference_steps", online.reference_steps > 0, "must be above 0"),
+        ("reference_batch_size", size is None or size > 0, "must be above 0"),
+        ("lambda_", 0 <= online.lambda_ < math.inf, "must be a number that is not below 0"),
+        ("average", 0 <= online.average < 1, "must be at least 0 and below 1"),
+    ]
+    for name, holds, rule in rules:
+        if not holds:
+            raise UserError(f"online.{name} is {getattr(online, name)}; it {rule}")
+    if (online.method == "rho1") != (online.reference is not None):
+        raise UserError(
+            f"online.reference is {online.reference} and online.method is {online.method}: the checkpoint of a "
+            "reference goes with rho1, which needs one, and with no other method; change one of them"
+        )
+
+
+def _check_online_layout(settings: Any) -> None:
+    if settings.online.method == "none":
+        return
+    for name in ("pipeline_parallel", "context_parallel"):
+        if (value := settings.target[name]) > 1:
+            raise UserError(
+                f"target.{name} is {value}: online.method={settings.online.method} compares whole sequences' losses "
+                "on one rank, so it runs under tensor and data parallelism only; set it to 1"
+            )
 
 
 def _check_quotas(selection: Any, domains: list[str]) -> None:

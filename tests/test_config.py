@@ -44,6 +44,10 @@ def test_paper_preset_sets_the_authors_solver_and_user_settings_win() -> None:
         ("rounds=many", "rounds"),
         ("rounds=0", "rounds is 0; it must be above 0"),
         ("selection.fraction=1.5", "selection.fraction is 1.5"),
+        ("online.method=best", "online.method is 'best'; it must be one of none, blade, rho1, self"),
+        ("online.keep=0", "online.keep is 0.0; it must be above 0 and at most 1"),
+        ("online.method=rho1", "online.reference is None and online.method is rho1"),
+        ("online.reference=ckpt", "online.reference is ckpt and online.method is none"),
         ("method=best", "method is 'best'; it must be one of"),
         ("bilevel.solver=newton", "bilevel.solver is 'newton'"),
         ("data.pool=[]", "data.pool is empty"),
@@ -121,3 +125,10 @@ def test_a_control_arm_takes_more_steps_on_as_much_more_data() -> None:
     assert arm.round_steps == 3 * config.round_steps
     assert arm.selection.fraction == pytest.approx(3 * config.selection.fraction)
     assert (arm.method, arm.warmup.start_from, arm.controls) == ("random", "main", [])
+
+
+@pytest.mark.parametrize("layout", ["pipeline_parallel", "context_parallel"])
+def test_layouts_that_online_selection_does_not_have_are_refused(layout: str) -> None:
+    assert getattr(load(f"target.{layout}=2").target, layout) == 2
+    with pytest.raises(UserError, match=rf"target.{layout} is 2: online.method=blade .* set it to 1"):
+        load(f"target.{layout}=2", "online.method=blade")

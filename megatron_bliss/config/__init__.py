@@ -9,6 +9,7 @@ from megatron_bliss.config.files import differences, load_config, read_saved_con
 from megatron_bliss.config.launch import LaunchConfig
 from megatron_bliss.config.methods import BILEVEL_PRESETS, BilevelConfig, PerplexityConfig
 from megatron_bliss.config.models import EvaluationConfig, ModelConfig, ProxyConfig, TargetConfig, WarmupConfig
+from megatron_bliss.config.online import OnlineConfig
 from megatron_bliss.config.run import ControlConfig, RunConfig, control_config, warmup_run
 from megatron_bliss.config.selection import QuotaConfig, ScoringConfig, SelectionConfig
 
@@ -21,6 +22,7 @@ __all__ = [
     "EvaluationConfig",
     "LaunchConfig",
     "ModelConfig",
+    "OnlineConfig",
     "PerplexityConfig",
     "ProxyConfig",
     "QuotaConfig",

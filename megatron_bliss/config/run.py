@@ -10,6 +10,7 @@ from megatron_bliss.config.data import DataConfig
 from megatron_bliss.config.launch import LaunchConfig
 from megatron_bliss.config.methods import BilevelConfig, PerplexityConfig
 from megatron_bliss.config.models import EvaluationConfig, ProxyConfig, TargetConfig, WarmupConfig
+from megatron_bliss.config.online import OnlineConfig
 from megatron_bliss.config.selection import ScoringConfig, SelectionConfig
 
 
@@ -39,6 +40,7 @@ class RunConfig:
     perplexity: PerplexityConfig = field(default_factory=PerplexityConfig)
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
     selection: SelectionConfig = field(default_factory=SelectionConfig)
+    online: OnlineConfig = field(default_factory=OnlineConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     controls: list[ControlConfig] = field(default_factory=list)
