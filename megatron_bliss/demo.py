@@ -29,9 +29,7 @@ RANDOM_FACTOR = 3.0  # the random arm goes on this much longer, so that the spee
 
 _CONTROLS = {
     "random": settings.ControlConfig(name="random", method="random", steps_factor=RANDOM_FACTOR),
-    "high_loss": settings.ControlConfig(
-        name="high_loss", method="perplexity", perplexity=settings.PerplexityConfig(keep="high")
-    ),
+    "high_loss": settings.ControlConfig(name="high_loss", method="perplexity", settings={"perplexity.keep": "high"}),
 }
 ARMS = ("bliss", *_CONTROLS)
 _CLAIM = "demo.json"  # which experiment a directory is for

@@ -275,12 +275,5 @@ def _check_controls(settings: Any) -> None:
                 f"controls: {control.name!r} names a directory and a line of the report, so it must be of letters, "
                 "digits, _ . - and used once, and not be the method of the main arm"
             )
-        if control.method not in METHODS:
-            raise UserError(f"controls: {control.name!r} has method {control.method!r}; known: {', '.join(METHODS)}")
         if not control.steps_factor > 0:
             raise UserError(f"controls: {control.name!r} has steps_factor {control.steps_factor}; it must be above 0")
-        if control.steps_factor * (settings.selection.fraction or 0) > 1:
-            raise UserError(
-                f"controls: {control.name!r} needs {control.steps_factor} times {settings.selection.fraction} of a "
-                "slice, which is more than all of it; lower steps_factor or selection.fraction"
-            )

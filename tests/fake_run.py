@@ -33,7 +33,7 @@ def fake_config(**changes: Any) -> RunConfig:
             tokenizer=TokenizerConfig(vocab_size=256),
         ),
         "launch": LaunchConfig(concurrency=2),
-        "controls": [ControlConfig(name="random", steps_factor=2)],
+        "controls": [ControlConfig(name="random", method="random", steps_factor=2)],
     }
     return RunConfig(**settings | changes)
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_bliss import config as settings
+from megatron_bliss.config import control_config as config_of_control
 from megatron_bliss.errors import UserError
 
 NEEDED = [
@@ -56,9 +57,17 @@ def test_paper_preset_sets_the_authors_solver_and_user_settings_win() -> None:
         ("data.pool=[{name: a, prefixes: [x], weight: 1}, {name: b, prefixes: [y]}]", "some domains only"),
         ("controls=[{name: r, method: random, steps_factor: 9}]", "more than all of it"),
         ("controls=[{name: r, steps_factor: 0}]", "steps_factor 0.0; it must be above 0"),
-        ("controls=[{name: r, perplexity: {keep: best}}]", "'r': perplexity.keep is 'best'"),
+        ("controls=[{name: r, settings: {perplexity: {keep: best}}}]", "'r': perplexity.keep is 'best'"),
         ("controls=[{name: r, steps_factor: 0.00001}]", "'r': round_steps is 0"),
         ("controls=[{name: r}, {name: r}]", "used once"),
+        ("controls=[{name: r}]", "'r': it is the main arm over again"),
+        ("controls=[{name: r, method: best}]", "'r': method is 'best'"),
+        ("controls=[{name: r, settings: {bilevel.gama: 0}}]", "'r': bilevel.gama: Key 'gama' not in 'BilevelConfig'"),
+        ("controls=[{name: r, settings: {bilevel.gamma: much}}]", "'r': bilevel.gamma: Value 'much'"),
+        ("controls=[{name: r, settings: {target.lr: 1}}]", "'r': target.lr is the same in all arms"),
+        ("controls=[{name: r, settings: {seed: 3}}]", "'r': seed is the same in all arms"),
+        ("controls=[{name: r, settings: {data: {test: x}}}]", "'r': data.test is the same in all arms"),
+        ("controls=[{name: r, settings: {warmup.target_steps: 1}}]", "'r': warmup.target_steps is the same"),
         ("warmup.target_steps=-1", "warmup.target_steps is -1; it must not be below 0"),
         ("evaluation.decay_steps=-1", "evaluation.decay_steps is -1"),
         ("data.held_out=-1", "data.held_out is -1"),
@@ -117,6 +126,40 @@ def test_saved_settings_come_back_and_changes_are_listed(tmp_path: Path) -> None
     assert settings.differences(saved, config) == []
     changed = settings.differences(saved, load("controls=[{name: r, steps_factor: 2}]", "bilevel.gamma=0"))
     assert changed == ["bilevel.gamma: 0.01 -> 0.0", "controls.0.steps_factor: 3.0 -> 2.0"]
+
+
+def control(*settings: str, given: tuple[str, ...] = ()) -> settings.RunConfig:
+    config = load(*given, f"controls=[{{name: arm, settings: {{{', '.join(settings)}}}}}]")
+    return config_of_control(config, config.controls[0], Path("main"))
+
+
+def test_a_control_arm_differs_in_its_settings_alone() -> None:
+    main, arm = load(), control("bilevel.gamma: 0", "selection: {fraction: 0.1}", "data.validation: other")
+    assert settings.differences(main, arm) == [
+        "bilevel.gamma: 0.01 -> 0.0", "data.validation: valid -> other", "selection.fraction: 0.2 -> 0.1",
+        "warmup.start_from: None -> main",
+    ]  # fmt: skip
+
+
+def test_an_arms_preset_and_size_bring_what_they_bring_to_a_run() -> None:
+    given = ("bilevel.damping=0.5", "bilevel.outer_steps=7")
+    arm = control("bilevel.preset: paper", "bilevel.z_steps: 5", "selection.tokens: 1000", given=given)
+    assert (arm.bilevel.solver, arm.bilevel.damping, arm.bilevel.z_steps) == ("paper", 1e-2, 5)
+    assert (arm.selection.tokens, arm.selection.fraction, arm.bilevel.outer_steps) == (1000, None, 7)
+
+
+@pytest.mark.parametrize(
+    ("setting", "has_own_proxy"),
+    [
+        ("proxy.model.preset: pythia-70m", True),
+        ("warmup.proxy_steps: 5", True),
+        ("bilevel.weight_decay: 0", True),
+        ("bilevel.gamma: 0", False),
+        ("proxy.recompute: true", False),
+    ],
+)
+def test_an_arm_warms_up_its_own_proxy_where_that_is_another_one(setting: str, has_own_proxy: bool) -> None:
+    assert control(setting).warmup.own_proxy is has_own_proxy
 
 
 def test_a_control_arm_takes_more_steps_on_as_much_more_data() -> None:

@@ -17,7 +17,7 @@ import psutil
 import pytest
 from rich.console import Console
 
-from megatron_bliss.config import ControlConfig, LaunchConfig, RunConfig, load_config, save_config
+from megatron_bliss.config import ControlConfig, LaunchConfig, RunConfig, load_config, read_saved_config, save_config
 from megatron_bliss.errors import StageError, UserError
 from megatron_bliss.orchestration import cost, local, state
 from megatron_bliss.orchestration.check import check
@@ -30,7 +30,9 @@ from tests.fake_run import fake_command, fake_config, journal
 EVERY_METHOD = [
     fake_config(),
     fake_config(method="random", controls=[]),
-    fake_config(method="perplexity", rounds=3, controls=[ControlConfig("bliss", "bliss"), ControlConfig("random")]),
+    fake_config(
+        method="perplexity", rounds=3, controls=[ControlConfig("bliss", "bliss"), ControlConfig("random", "random")]
+    ),
 ]
 
 
@@ -92,6 +94,29 @@ def test_a_run_from_another_ones_warmup_has_none_of_its_own(tmp_path: Path) -> N
     assert "controls/random/inventory" in stages
 
 
+def test_an_arm_with_a_proxy_of_its_own_shares_the_targets_warmup(tmp_path: Path) -> None:
+    large = ControlConfig("large", settings={"proxy.model.preset": "pythia-70m"})
+    stages = {stage.name: stage for stage in plan(fake_config(controls=[large]), tmp_path)}
+    proxy, arm = stages["controls/large/warmup-proxy"], tmp_path / "controls/large"
+    assert (proxy.inputs, proxy.needs) == ((tmp_path / "warmup/selection",), ("warmup-select",))
+    assert proxy.outputs == (arm / "warmup/proxy",)
+    assert arm / "warmup/proxy" in stages["controls/large/round-0002/bilevel"].inputs
+    assert "controls/large/warmup-proxy" in stages["controls/large/round-0002/bilevel"].needs
+    assert tmp_path / "warmup/target" in stages["controls/large/round-0001/pretrain"].inputs
+    assert not {"controls/large/warmup-target", "controls/large/inventory"} & set(stages)
+    alone = plan(fake_config(method="random", controls=[replace(large, method="bliss")]), tmp_path)
+    assert "warmup-proxy" not in {stage.name for stage in alone}
+
+
+def test_an_arm_with_a_validation_set_of_its_own_has_an_inventory_of_its_own(tmp_path: Path) -> None:
+    exchanged = ControlConfig("exchanged", settings={"data.validation": "/nowhere/other"})
+    stages = {stage.name: stage for stage in plan(fake_config(controls=[exchanged]), tmp_path)}
+    inventory = stages["controls/exchanged/inventory"]
+    assert Path("/nowhere/other.bin") in inventory.inputs
+    assert inventory.outputs[0] in stages["controls/exchanged/round-0001/bilevel"].inputs
+    assert "warmup-proxy" in stages["controls/exchanged/round-0001/bilevel"].needs
+
+
 # --- what is checked before a run starts
 
 
@@ -121,6 +146,9 @@ def loaded(*overrides: str) -> RunConfig:
         ),
         (["launch.nproc_per_node=2", "target.tensor_parallel=2", "target.pipeline_parallel=2"], "a multiple of 4"),
         (["warmup.start_from=/nowhere/run"], "has no run.yaml"),
+        (["controls=[{name: v, settings: {data.validation: other}}]"], "'v' has a data.validation of its own"),
+        (["controls=[{name: p, settings: {proxy.model.preset: huge}}]"], "'p': proxy.model: model preset 'huge'"),
+        (["controls=[{name: p, settings: {warmup.proxy_steps: 0}}]"], "'p': warmup.proxy_steps is 0"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_before_anything_is_written(
@@ -320,6 +348,25 @@ def test_a_changed_config_is_refused_but_the_launch_may_change(tmp_path: Path, b
     changed = replace(config, seed=5, bilevel=replace(config.bilevel, gamma=0.5))
     with pytest.raises(UserError, match=r"bilevel.gamma: 0.01 -> 0.5; seed: 1234 -> 5"):
         local.run(changed, run, command=fake_command(behaviour))
+
+
+def test_control_arms_may_be_added_and_left_out(tmp_path: Path, behaviour: dict[str, Any]) -> None:
+    config, run = fake_config(rounds=1), tmp_path / "run"
+    local.run(config, run, command=fake_command(behaviour))
+    before = len(journal(tmp_path / "journal"))
+    more = replace(config, controls=[*config.controls, ControlConfig("no_kl", settings={"bilevel.gamma": 0})])
+    local.run(more, run, command=fake_command(behaviour))
+    begun = [name for event, name, *_ in journal(tmp_path / "journal")[before:] if event == "begin"]
+    assert {name for name in begun if not name.startswith("controls/no_kl/")} == {"report"}
+    assert [arm.name for arm in arms(read_saved_config(run / "run.yaml"), run)] == ["bliss", "random", "no_kl"]
+    before = len(journal(tmp_path / "journal"))
+    local.run(replace(config, controls=more.controls[1:]), run, command=fake_command(behaviour))
+    assert {name for _, name, *_ in journal(tmp_path / "journal")[before:]} == {"report"}
+    saved = (run / "run.yaml").read_bytes()
+    changed = replace(config, controls=[ControlConfig("no_kl", settings={"bilevel.gamma": 0.5})])
+    with pytest.raises(UserError, match=r"controls/no_kl was started with other settings \(bilevel.gamma: 0.0 -> 0.5"):
+        local.run(changed, run, command=fake_command(behaviour))
+    assert (run / "run.yaml").read_bytes() == saved
 
 
 def test_only_what_depends_on_a_changed_file_is_run_again(tmp_path: Path, behaviour: dict[str, Any]) -> None:

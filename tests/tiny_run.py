@@ -70,7 +70,7 @@ def tiny_config(folder: Path, *, control: bool = True, rounds: int = 2) -> Path:
         ),
         evaluation=EvaluationConfig(decay_steps=3, max_sequences=32, curve=True),
         launch=LaunchConfig(concurrency=2, threads=1),
-        controls=[ControlConfig(name="random", steps_factor=2)] if control else [],
+        controls=[ControlConfig(name="random", method="random", steps_factor=2)] if control else [],
     )  # fmt: skip
     path = folder / "config.yaml"
     save_config(config, path)

@@ -4,13 +4,14 @@ The defaults are the recipe of the BLISS paper (arXiv 2510.06048) for a 410M mod
 Sizes are in sequences, steps or tokens as each line says.
 """
 
+from megatron_bliss.config.controls import control_config
 from megatron_bliss.config.data import DataConfig, DomainConfig, TokenizerConfig
 from megatron_bliss.config.files import differences, load_config, read_saved_config, save_config
 from megatron_bliss.config.launch import LaunchConfig
 from megatron_bliss.config.methods import BILEVEL_PRESETS, BilevelConfig, PerplexityConfig
 from megatron_bliss.config.models import EvaluationConfig, ModelConfig, ProxyConfig, TargetConfig, WarmupConfig
 from megatron_bliss.config.online import OnlineConfig
-from megatron_bliss.config.run import ControlConfig, RunConfig, control_config, warmup_run
+from megatron_bliss.config.run import ControlConfig, RunConfig, proxy_run, warmup_run
 from megatron_bliss.config.selection import QuotaConfig, ScoringConfig, SelectionConfig
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "control_config",
     "differences",
     "load_config",
+    "proxy_run",
     "read_saved_config",
     "save_config",
     "warmup_run",

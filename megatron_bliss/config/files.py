@@ -8,8 +8,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megatron_bliss.artifacts import atomic_write
-from megatron_bliss.config.methods import BILEVEL_PRESETS
-from megatron_bliss.config.run import RunConfig, control_config
+from megatron_bliss.config.controls import control_config, merged
+from megatron_bliss.config.run import RunConfig
 from megatron_bliss.errors import UserError
 from megatron_bliss.settings_check import check, check_given
 
@@ -27,11 +27,7 @@ def load_config(path: Path | None, overrides: list[str]) -> RunConfig:
     try:
         given = OmegaConf.merge(given, OmegaConf.from_dotlist(overrides))
         check_given(given)
-        preset = str(OmegaConf.select(given, "bilevel.preset") or "default")
-        settings = OmegaConf.create({"bilevel": BILEVEL_PRESETS.get(preset, {})})
-        if any(OmegaConf.select(given, f"selection.{size}") is not None for size in ("tokens", "threshold")):
-            settings.selection = {"fraction": None}  # the default stands back
-        return _checked(OmegaConf.merge(OmegaConf.structured(RunConfig), settings, given))
+        return _checked(merged(RunConfig, given))
     except OmegaConfBaseException as error:
         where = ": ".join(str(part) for part in (path, error.full_key) if part)
         raise UserError(f"{where}: {str(error).splitlines()[0]}" if where else str(error).splitlines()[0]) from None
@@ -59,9 +55,9 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _checked(merged: Any) -> RunConfig:
-    check(merged)
-    config: RunConfig = OmegaConf.to_object(merged)  # type: ignore[assignment]
+def _checked(settings: Any) -> RunConfig:
+    check(settings)
+    config: RunConfig = OmegaConf.to_object(settings)  # type: ignore[assignment]
     for control in config.controls:
         try:
             check(OmegaConf.structured(control_config(config, control, Path())))

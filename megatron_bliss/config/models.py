@@ -60,6 +60,7 @@ class WarmupConfig:
     proxy_batch_size: int = 512  # sequences a step
     proxy_lr: float = 1e-3
     start_from: str | None = None  # another run's directory whose warm-up is used instead
+    own_proxy: bool = False  # with start_from: the LLM's warm-up is that run's, the proxy is warmed up here
 
 
 @dataclass

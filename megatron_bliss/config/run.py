@@ -1,7 +1,8 @@
 """One experiment and its control arms."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -19,9 +20,9 @@ class ControlConfig:
     """An arm beside the main one, from the same warm-up, with the same schedule and tokens."""
 
     name: str = MISSING
-    method: str = "random"
+    method: str | None = None  # of the main arm, if it is not given
     steps_factor: float = 1.0  # longer than the main arm by this factor, on as much more data
-    perplexity: PerplexityConfig = field(default_factory=PerplexityConfig)
+    settings: dict[str, Any] = field(default_factory=dict)  # what differs from the main arm, as {bilevel.gamma: 0}
 
 
 @dataclass
@@ -60,23 +61,11 @@ class RunConfig:
         return self.warmup.target_steps + round_number * self.round_steps
 
 
-def control_config(config: RunConfig, control: ControlConfig, main_run: Path) -> RunConfig:
-    """The settings of a control arm as a run of its own, with as much more data as it takes more steps."""
-    return replace(
-        config,
-        method=control.method,
-        round_steps=round(config.round_steps * control.steps_factor),
-        selection=replace(
-            config.selection,
-            fraction=config.selection.fraction and config.selection.fraction * control.steps_factor,
-            tokens=config.selection.tokens and round(config.selection.tokens * control.steps_factor),
-        ),
-        warmup=replace(config.warmup, start_from=config.warmup.start_from or str(main_run)),
-        perplexity=control.perplexity,
-        controls=[],
-    )
-
-
 def warmup_run(config: RunConfig, paths: RunPaths) -> RunPaths:
     """The run whose warm-up a run starts from: its own, or that of `warmup.start_from`."""
     return RunPaths(Path(config.warmup.start_from)) if config.warmup.start_from else paths
+
+
+def proxy_run(config: RunConfig, paths: RunPaths) -> RunPaths:
+    """The run whose warmed-up proxy a run uses."""
+    return paths if config.warmup.own_proxy else warmup_run(config, paths)

@@ -14,15 +14,22 @@ from megatron_bliss.orchestration.plan import Arm, arms
 
 def check(config: RunConfig, run_dir: Path) -> None:
     """:raises UserError: naming the first setting that cannot work."""
-    all_arms = arms(config, run_dir)
-    learns = any(arm.method.learns for arm in all_arms)
+    main, *controls = arms(config, run_dir)
+    trains_proxy = config.warmup.start_from is None
     _check_target(config)
-    if any(arm.method.scored_by != "none" for arm in all_arms):
-        _check_proxy(config)
-    if learns:
-        _check_bilevel(config)
+    _check_selection(main, trains_proxy)
+    for arm in controls:
+        try:
+            _check_selection(arm, trains_proxy)
+        except UserError as error:
+            raise UserError(f"controls: {arm.name!r}: {error}") from None
+        if arm.config.data.validation != config.data.validation and config.data.test is None:
+            raise UserError(
+                f"controls: {arm.name!r} has a data.validation of its own, and no set that both arms are measured on; "
+                "give data.test"
+            )
     if config.warmup.start_from is not None:
-        _check_start(all_arms[0], Path(config.warmup.start_from))
+        _check_start(main, Path(config.warmup.start_from))
 
 
 def _check_target(config: RunConfig) -> None:
@@ -40,11 +47,19 @@ def _check_target(config: RunConfig) -> None:
     )
 
 
-def _check_proxy(config: RunConfig) -> None:
+def _check_selection(arm: Arm, trains_proxy: bool) -> None:
+    """:param trains_proxy: whether the run warms up a proxy for the arms that have none of their own."""
+    if arm.method.scored_by != "none":
+        _check_proxy(arm.config, trains_proxy or arm.config.warmup.own_proxy)
+    if arm.method.learns:
+        _check_bilevel(arm.config)
+
+
+def _check_proxy(config: RunConfig, trains_proxy: bool) -> None:
     tensor_parallel = config.proxy.tensor_parallel
     _check_model(config, "proxy")
     _check_multiple("launch.nproc_per_node", config.launch.nproc_per_node, tensor_parallel, "proxy.tensor_parallel")
-    if config.warmup.start_from is None:
+    if trains_proxy:
         if config.warmup.proxy_steps == 0:
             raise UserError("warmup.proxy_steps is 0, but a method scores by the proxy: set it above 0")
         _check_shared(config, "warmup.proxy_batch_size", config.warmup.proxy_batch_size)
@@ -98,7 +113,8 @@ def _check_start(arm: Arm, start: Path) -> None:
             f"warmup.start_from is {start}, which has no warm-up of its own; give the run it starts from, "
             f"{other.warmup.start_from}"
         )
-    changed = differences(_what_warmup_depends_on(other), _what_warmup_depends_on(arm.config))
+    own_proxy = arm.config.warmup.own_proxy
+    changed = differences(*(_what_warmup_depends_on(config, own_proxy) for config in (other, arm.config)))
     if changed:
         raise UserError(
             f"warmup.start_from is {start}, whose settings differ ({'; '.join(changed)}); make them equal, or let the "
@@ -106,9 +122,16 @@ def _check_start(arm: Arm, start: Path) -> None:
         )
 
 
-def _what_warmup_depends_on(config: RunConfig) -> RunConfig:
-    """A configuration that has these settings only: seed, rounds (the slices), data, models, warm-up."""
-    models = RunConfig(seed=config.seed, rounds=config.rounds, data=config.data)
-    models.target.model, models.proxy.model = config.target.model, config.proxy.model
-    warmup: WarmupConfig = replace(config.warmup, start_from=None)
-    return replace(models, warmup=warmup)
+def _what_warmup_depends_on(config: RunConfig, own_proxy: bool) -> RunConfig:
+    """A configuration that has these settings only: seed, rounds (the slices), data, models, warm-up.
+
+    :param own_proxy: leave out what only the proxy depends on.
+    """
+    found = RunConfig(seed=config.seed, rounds=config.rounds, data=config.data)
+    found.target.model = config.target.model
+    found.warmup = replace(config.warmup, start_from=None, own_proxy=False)
+    if own_proxy:
+        found.warmup = WarmupConfig(fraction=config.warmup.fraction, target_steps=config.warmup.target_steps)
+    else:
+        found.proxy.model = config.proxy.model
+    return found

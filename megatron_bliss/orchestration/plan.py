@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_bliss.artifacts import RunPaths
-from megatron_bliss.config import RunConfig, control_config, warmup_run
+from megatron_bliss.config import RunConfig, control_config, proxy_run, warmup_run
 from megatron_bliss.mcore.checkpoint_files import iteration_path
 from megatron_bliss.methods import offline_method
 from megatron_bliss.methods.offline import OfflineMethod
@@ -32,6 +32,12 @@ class Arm:
     def warmup(self) -> RunPaths:
         """The run that this arm's warm-up is taken from."""
         return warmup_run(self.config, self.paths)
+
+    @property
+    def proxy(self) -> tuple[str, Path]:
+        """The stage that warms up this arm's proxy, and where the proxy then lies."""
+        name = self.stage_name("warmup-proxy") if self.config.warmup.own_proxy else "warmup-proxy"
+        return name, proxy_run(self.config, self.paths).warmup_proxy
 
     def target_checkpoint(self, round_number: int) -> Path:
         """The target at the end of a round; round 0 is the warm-up."""
@@ -78,14 +84,21 @@ def plan(config: RunConfig, run_dir: Path) -> list[Stage]:
     """All stages, each after those it needs."""
     main, *controls = arms(config, run_dir)
     stages = [_inventory(main)]
+    with_proxy = [arm for arm in (main, *controls) if arm.method.scored_by != "none"]
     if config.warmup.start_from is None:
-        stages += _warmup(main, with_proxy=any(arm.method.scored_by != "none" for arm in (main, *controls)))
+        stages += _warmup(main)
+        if any(not arm.config.warmup.own_proxy for arm in with_proxy):
+            stages.append(_warmup_proxy(main))
     for arm in (main, *controls):
-        if arm is not main and arm.warmup != main.paths:
+        if arm is not main and (arm.warmup != main.paths or arm.config.data != main.config.data):
             stages.append(_inventory(arm))
+        if arm in with_proxy and arm.config.warmup.own_proxy:
+            stages.append(_warmup_proxy(arm))
         for number in range(1, config.rounds + 1):
             stages += _round(arm, number, {stage.name for stage in stages})
-    return [*stages, _report(main, [stage for stage in stages if stage.command[0] == "evaluate"])]
+    stages.append(_report(main, [stage for stage in stages if stage.command[0] == "evaluate"]))
+    known = {stage.name for stage in stages}  # what belongs to the run that a warm-up is taken from is not among them
+    return [replace(stage, needs=tuple(name for name in stage.needs if name in known)) for stage in stages]
 
 
 def _stage(
@@ -116,7 +129,7 @@ def _inventory(arm: Arm) -> Stage:
     return _stage(arm, "inventory", needs=[], inputs=files, output=arm.paths.inventory, distributed=False)
 
 
-def _warmup(arm: Arm, with_proxy: bool) -> list[Stage]:
+def _warmup(arm: Arm) -> list[Stage]:
     selection = arm.paths.warmup_selection
     inventory = [arm.paths.inventory]
     after = ["warmup-select"]
@@ -134,9 +147,12 @@ def _warmup(arm: Arm, with_proxy: bool) -> list[Stage]:
                 iterations=span,
             )
         )
-    if with_proxy:
-        stages.append(_stage(arm, "warmup-proxy", needs=after, inputs=[selection], output=arm.paths.warmup_proxy))
     return stages
+
+
+def _warmup_proxy(arm: Arm) -> Stage:
+    selection = arm.warmup.warmup_selection
+    return _stage(arm, "warmup-proxy", needs=["warmup-select"], inputs=[selection], output=arm.paths.warmup_proxy)
 
 
 def _prepare(arm: Arm, number: int, select: str, selection: Path) -> Stage:
@@ -151,19 +167,19 @@ def _prepare(arm: Arm, number: int, select: str, selection: Path) -> Stage:
 
 
 def _round(arm: Arm, number: int, earlier: set[str]) -> list[Stage]:
-    """The stages of a round; what belongs to another run (the warm-up it starts from) is not among those `earlier`."""
+    """The stages of a round, after those `earlier`."""
     paths, method = arm.paths, arm.method
     inventory = arm.stage_name("inventory")
     inventory_file = paths.inventory
     if inventory not in earlier:
         inventory, inventory_file = "inventory", arm.warmup.inventory
-    proxy = arm.warmup.warmup_proxy
+    warmup_proxy, proxy = arm.proxy
     target = [arm.target_checkpoint(number - 1)] if arm.config.round_end(number - 1) else []
     after_target = [arm.stage_name("pretrain", number - 1) if number > 1 else "warmup-target"]
-    after_model, model = ["warmup-proxy"], proxy
+    after_model, model = [warmup_proxy], proxy
     stages = []
     if method.learns:
-        needs, inputs = [inventory, "warmup-proxy", *after_target], [inventory_file, proxy, *target]
+        needs, inputs = [inventory, warmup_proxy, *after_target], [inventory_file, proxy, *target]
         if arm.config.bilevel.uses_cached_target:
             cache = paths.target_cache(number)
             before, files = [inventory, *after_target], [inventory_file, *target]
@@ -214,8 +230,7 @@ def _round(arm: Arm, number: int, earlier: set[str]) -> list[Stage]:
             round_number=number,
         ),
     ]
-    known = earlier | {stage.name for stage in stages}
-    return [replace(stage, needs=tuple(name for name in stage.needs if name in known)) for stage in stages]
+    return stages
 
 
 def _report(arm: Arm, evaluations: list[Stage]) -> Stage:

@@ -18,7 +18,7 @@ from pathlib import Path
 from megatron_bliss.artifacts import RunPaths, digest_file, digest_json, digest_tree, read_json, write_json
 from megatron_bliss.config import RunConfig, differences, read_saved_config, save_config
 from megatron_bliss.errors import UserError
-from megatron_bliss.orchestration.plan import Stage, arms, plan
+from megatron_bliss.orchestration.plan import Arm, Stage, arms, plan
 
 
 @dataclass(frozen=True)
@@ -150,21 +150,22 @@ def digest(path: Path) -> str | None:
 def prepare(config: RunConfig, run_dir: Path) -> None:
     """Write `run.yaml` of the run and of its control arms, or make sure that they say what they said before.
 
-    How stages are launched (`launch.*`) is the machine's business and may change.
+    How stages are launched (`launch.*`) is the machine's business and may change. Control arms may be added, and those
+    left out are no longer looked at: none of them depends on another.
 
     :raises UserError: naming every other setting that changed, or an output that is not what its stage wrote: called
         again, a stage would take it for its own and leave it.
     """
-    for arm in arms(config, run_dir):
-        if not arm.paths.config.exists():
-            save_config(arm.config, arm.paths.config)
-            continue
-        changed = differences(replace(read_saved_config(arm.paths.config), launch=config.launch), arm.config)
-        if changed:
+    all_arms = arms(config, run_dir)
+    for arm in all_arms:
+        if changed := _changed_settings(arm):
             raise UserError(
                 f"{arm.paths.root} was started with other settings ({'; '.join(changed)}): undo the change, or start "
                 "a new run with --run DIR"
             )
+    for arm in all_arms:
+        if not arm.paths.config.exists() or read_saved_config(arm.paths.config).controls != arm.config.controls:
+            save_config(arm.config, arm.paths.config)
     records = read_state(run_dir)
     for stage in plan(config, run_dir):
         if changed := changed_outputs(run_dir, stage, records.get(stage.name, Record())):
@@ -172,6 +173,14 @@ def prepare(config: RunConfig, run_dir: Path) -> None:
                 f"{run_dir / changed[0]} is not what {stage.name} wrote; put that back, or start a new run with "
                 "--run DIR"
             )
+
+
+def _changed_settings(arm: Arm) -> list[str]:
+    """What is no longer as an arm was started with."""
+    if not arm.paths.config.exists():
+        return []
+    saved = read_saved_config(arm.paths.config)
+    return differences(replace(saved, launch=arm.config.launch, controls=arm.config.controls), arm.config)
 
 
 def _name(run_dir: Path, path: Path) -> str:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_bliss.artifacts import RunPaths, digest_file, digest_tree
-from megatron_bliss.config import RunConfig, SelectionConfig, TokenizerConfig, read_saved_config, warmup_run
+from megatron_bliss.config import RunConfig, SelectionConfig, TokenizerConfig, proxy_run, read_saved_config, warmup_run
 from megatron_bliss.data.inventory import Inventory
 from megatron_bliss.data.ledger import Ledger
 from megatron_bliss.data.scores import ScoreFiles
@@ -71,7 +71,7 @@ def round_choice(paths: RunPaths, config: RunConfig, round_number: int | None) -
     else:
         files = ScoreFiles(paths.scores(number))
         _check_scores(files, method, config)
-        _check_model(files, paths.bilevel(number) if method.learns else warmup_run(config, paths).warmup_proxy)
+        _check_model(files, paths.bilevel(number) if method.learns else proxy_run(config, paths).warmup_proxy)
     ledger = _ledger(paths, config, number)
     return Choice(
         stage="warmup-select" if round_number is None else "select",

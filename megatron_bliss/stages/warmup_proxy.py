@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_bliss.artifacts import RunPaths
 from megatron_bliss.bilevel.optimizer import AdamSettings, Optimizer, lr_factor
 from megatron_bliss.bilevel.space import ParameterSpace, Vector, group_sum_
-from megatron_bliss.config import BilevelConfig, RunConfig, read_saved_config, warmup_run
+from megatron_bliss.config import BilevelConfig, RunConfig, proxy_run, read_saved_config, warmup_run
 from megatron_bliss.data.sampling import SequenceSampler, share_of_rank
 from megatron_bliss.data.seeds import derive, hash_positions
 from megatron_bliss.data.selection import Selection
@@ -29,7 +29,7 @@ LR_WARMUP_FRACTION = 0.1  # of the steps; then cosine, to zero
 
 def proxy_directory(paths: RunPaths, config: RunConfig) -> Path:
     """Where the warmed-up proxy of a run lies: its own, or that of the run it starts from."""
-    return warmup_run(config, paths).warmup_proxy
+    return proxy_run(config, paths).warmup_proxy
 
 
 def run(run_dir: Path) -> None:
@@ -42,7 +42,7 @@ def run(run_dir: Path) -> None:
     context = parallel.initialize(config.proxy.tensor_parallel, config.proxy.sequence_parallel, config.seed)
     num_steps, directory = config.warmup.proxy_steps, paths.warmup_proxy
     with agreed(context):
-        selection = Selection.open(paths.warmup_selection)
+        selection = Selection.open(warmup_run(config, paths).warmup_selection)
         data = WarmupData(selection, config, context)
         sources = {"selection": selection.digest}
         done = resume("warmup-proxy", directory, sources, context.is_first) or 0
