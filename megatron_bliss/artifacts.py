@@ -96,6 +96,9 @@ class RunPaths:
         """Which index files were built ahead for a round; 0 is the warm-up."""
         return (self.round(number) if number else self.root / "warmup") / "indices.json"
 
+    def online(self, number: int) -> Path:
+        return self.round(number) / "online"
+
     def evaluation(self, number: int) -> Path:
         return self.round(number) / "evaluation"
 

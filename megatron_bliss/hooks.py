@@ -2,13 +2,15 @@
 
     torchrun … -m megatron_bliss.hooks --selection DIR path/to/pretrain_gpt.py ARGS…
 
+With --online METHOD the tokens of every step are selected too (README: online token selection).
 Without --selection the script reads all of its data; on a machine without a GPU it runs on the CPU either way.
 With --prepare-only, in one process, it only builds the index files that the training will look for.
 """
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from megatron_bliss.data.selection import Selection
@@ -26,6 +28,11 @@ def main(arguments: Sequence[str]) -> None:
         description="Run an unmodified Megatron training script on a selection of its data.",
     )
     parser.add_argument("--selection", type=Path, metavar="DIR", help="what to train on; all data where not given")
+    parser.add_argument("--online", choices=("blade", "rho1", "self"), help="how tokens are selected in every step")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of --online (config/online.py)"
+    )
+    parser.add_argument("--validation", metavar="PREFIX", help="validation set that blade's reference is trained on")
     parser.add_argument("--verify", action="store_true", help="print what would be read, and stop")
     parser.add_argument(
         "--prepare-only", action="store_true", help="build the data's index files in --data-cache-path, and stop"
@@ -38,11 +45,28 @@ def main(arguments: Sequence[str]) -> None:
         print(f"{len(built)} index files are in {built[0].parent}", flush=True)
         return
     if not given.verify:
-        run_script(given.script, given.arguments, given.selection)
+        run_script(given.script, given.arguments, given.selection, _online(given))
         return
     if given.selection is None:
         raise UserError("--verify needs --selection DIR, the selection to be looked at")
     print(_description(Selection.open(given.selection)))
+
+
+def _online(given: argparse.Namespace) -> Callable[[], None] | None:
+    """What puts the selection of tokens between the script and Megatron."""
+    if given.online is None:
+        if given.set or given.validation:
+            raise UserError("--set and --validation are settings of --online METHOD, which is missing; add it")
+        return None
+    # here, as the start of a script without it is to stay what it is
+    from megatron_bliss.config import load_online_config
+    from megatron_bliss.mcore.online import OnlineJob, install
+    from megatron_bliss.methods import online_method
+
+    config = load_online_config(given.online, given.set)
+    method = online_method(config)
+    assert method is not None
+    return partial(install, OnlineJob(config, method, given.validation))
 
 
 def _description(selection: Selection) -> str:

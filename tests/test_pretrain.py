@@ -217,7 +217,7 @@ def test_a_decay_branch_starts_afresh_when_its_start_or_its_data_changed(
     weights.write_text("first")
     begun: list[tuple[Path | None, list[int]]] = []  # where each training was loaded from, and what it found
 
-    def train(config: RunConfig, selection: Path, files: Any, arguments: Any, end: int) -> None:
+    def train(config: RunConfig, selection: Path, files: Any, arguments: Any, end: int, online: Any) -> None:
         begun.append((files.load, iterations(files.save)))
         (iteration_path(files.save, end)).mkdir(parents=True)
         (iteration_path(files.save, end) / "metadata.json").write_text("{}")

@@ -6,7 +6,7 @@ Sizes are in sequences, steps or tokens as each line says.
 
 from megatron_bliss.config.controls import control_config
 from megatron_bliss.config.data import DataConfig, DomainConfig, TokenizerConfig
-from megatron_bliss.config.files import differences, load_config, read_saved_config, save_config
+from megatron_bliss.config.files import differences, load_config, load_online_config, read_saved_config, save_config
 from megatron_bliss.config.launch import LaunchConfig
 from megatron_bliss.config.methods import BILEVEL_PRESETS, BilevelConfig, PerplexityConfig
 from megatron_bliss.config.models import EvaluationConfig, ModelConfig, ProxyConfig, TargetConfig, WarmupConfig
@@ -36,6 +36,7 @@ __all__ = [
     "control_config",
     "differences",
     "load_config",
+    "load_online_config",
     "proxy_run",
     "read_saved_config",
     "save_config",

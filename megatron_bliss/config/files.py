@@ -9,9 +9,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megatron_bliss.artifacts import atomic_write
 from megatron_bliss.config.controls import control_config, merged
+from megatron_bliss.config.online import OnlineConfig
 from megatron_bliss.config.run import RunConfig
 from megatron_bliss.errors import UserError
-from megatron_bliss.settings_check import check, check_given
+from megatron_bliss.settings_check import check, check_given, check_online
 
 
 def load_config(path: Path | None, overrides: list[str]) -> RunConfig:
@@ -33,6 +34,22 @@ def load_config(path: Path | None, overrides: list[str]) -> RunConfig:
         raise UserError(f"{where}: {str(error).splitlines()[0]}" if where else str(error).splitlines()[0]) from None
     except yaml.YAMLError as error:
         raise UserError(f"{' '.join(overrides)}: {_line(error)}; write each setting as key=value") from None
+
+
+def load_online_config(method: str, overrides: list[str]) -> OnlineConfig:
+    """Settings of online selection on their own, for a script that belongs to no run.
+
+    :param overrides: `key=value`, keys without `online.`.
+    :raises UserError: for an unknown key, a value of the wrong type, or one that cannot work.
+    """
+    try:
+        given = OmegaConf.from_dotlist([f"method={method}", *overrides])
+        settings: Any = OmegaConf.merge(OmegaConf.structured(OnlineConfig), given)
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise UserError(f"--set {' '.join(overrides)}: {_line(error)}") from None
+    check_online(settings)
+    config: OnlineConfig = OmegaConf.to_object(settings)  # type: ignore[assignment]
+    return config
 
 
 def _read(path: Path) -> Any:

@@ -36,6 +36,16 @@ def permute(positions: np.ndarray, size: int, seed: int) -> np.ndarray:
     return values.astype(np.int64)
 
 
+def shuffled(draws: np.ndarray, size: int, seed: int) -> np.ndarray:
+    """What each draw takes of 0 .. size - 1, where every one comes once an epoch, in another order each: int64."""
+    places = np.empty_like(draws)
+    epochs = draws // size
+    for epoch in np.unique(epochs):
+        now = epochs == epoch
+        places[now] = permute(draws[now] % size, size, derive(seed, "epoch", int(epoch)))
+    return places
+
+
 class SequenceSampler:
     """Draws batches of sequences from some ids of some shards.
 
@@ -80,11 +90,7 @@ class SequenceSampler:
         return [(i, int(self._ids[i][p])) for i, p in zip(indices.tolist(), positions.tolist(), strict=True)]
 
     def _uniform(self, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        places = np.empty_like(draws)
-        epochs = draws // len(self)
-        for epoch in np.unique(epochs):
-            now = epochs == epoch
-            places[now] = permute(draws[now] % len(self), len(self), derive(self._seed, "epoch", int(epoch)))
+        places = shuffled(draws, len(self), self._seed)
         indices = np.searchsorted(self._ends, places, side="right")
         starts = np.concatenate([[0], self._ends[:-1]])
         return indices, places - starts[indices]

@@ -104,6 +104,18 @@ def load_model(directory: Path, model: torch.nn.Module, name: str = MODEL, witho
     _load_parameters(model, _read({name: sharded}, find(directory))[name], _prefix(name))
 
 
+def load_common(path: Path) -> dict[str, Any]:
+    """What a checkpoint, an iter_… directory, holds beside tensors: numbers, strings, Megatron's arguments.
+
+    :raises UserError: if it cannot be read.
+    """
+    try:
+        with _only_data(path):
+            return dict(dist_checkpointing.load_common_state_dict(str(path)))
+    except (CheckpointingException, OSError, pickle.UnpicklingError) as error:
+        raise UserError(f"checkpoint {path} cannot be read ({_line(error)}); it is damaged") from error
+
+
 def load_backbone(directory: Path, score_model: torch.nn.Module) -> None:
     """Give a score model the parameters of a proxy's checkpoint; its head stays as it is."""
     load_model(directory, score_model, without="score_head.")
@@ -156,8 +168,13 @@ def _read(sharded: dict[str, Any], path: Path) -> dict[str, Any]:
         with _only_data(path):
             return dist_checkpointing.load(sharded, str(path))
     except (CheckpointingException, KeyError, pickle.UnpicklingError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"checkpoint {path} cannot be loaded ({reason}); it is damaged or of another model") from error
+        raise UserError(
+            f"checkpoint {path} cannot be loaded ({_line(error)}); it is damaged or of another model"
+        ) from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def _load_parameters(model: torch.nn.Module, state: Mapping[str, Any], prefix: str) -> None:
@@ -168,8 +185,7 @@ def _load_parameters(model: torch.nn.Module, state: Mapping[str, Any], prefix: s
 
 
 def _check_architecture(path: Path, model: ModelConfig, vocab_size: int) -> None:
-    with _only_data(path):
-        arguments = dist_checkpointing.load_common_state_dict(str(path)).get("args")
+    arguments = load_common(path).get("args")
     if arguments is None:
         raise UserError(f"{path} was not saved by Megatron's pretrain(): it holds no arguments")
     check_arguments(arguments, model, vocab_size, path)
@@ -184,6 +200,29 @@ _UNUSED_ARGUMENTS = (
     *("rotary_seq_len_interpolation_factor", "squared_relu", "quick_geglu", "openai_gelu", "glu_linear_offset"),
     *("activation_func_clamp_value", "num_experts", "use_mup", "is_hybrid_model", "heterogeneous_layers_config_path"),
 )
+
+
+_SHAPING_ARGUMENTS = (
+    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels", "normalization", "swiglu"),
+    *("add_bias_linear", "position_embedding_type", "rotary_percent", "rotary_base", "padded_vocab_size"),
+    *("untie_embeddings_and_output_weights", "num_query_groups"),
+)
+
+
+def check_same_model(path: Path, arguments: Any) -> None:
+    """:param arguments: of the training that runs now.
+    :raises UserError: if the checkpoint, an iter_… directory, is of a model that computes something else.
+    """
+    theirs = load_common(path).get("args")
+    if theirs is None:
+        raise UserError(f"{path} was not saved by Megatron's pretrain(): it holds no arguments")
+    for name in (*_SHAPING_ARGUMENTS, *_UNUSED_ARGUMENTS):
+        found, wanted = (getattr(given, name, None) or None for given in (theirs, arguments))
+        if found != wanted:
+            raise UserError(
+                f"checkpoint {path} has {name} {found}, the model in training {wanted}; name one of the same "
+                "architecture"
+            )
 
 
 def check_arguments(arguments: Any, model: ModelConfig, vocab_size: int, path: Path) -> None:
@@ -235,7 +274,7 @@ def check_parameters(stored: Iterable[str], model: torch.nn.Module, path: Path) 
     :raises UserError: if some are parameters that the model has not got.
     """
     known = {place.key for place in model.sharded_state_dict().values()}  # type: ignore[operator]
-    others = {"optimizer"}
+    others = {"optimizer", "online_reference"}
     others |= (set() if model.pre_process else _FIRST_STAGE) | (set() if model.post_process else _LAST_STAGE)
     more = sorted(name for name in stored if others.isdisjoint(name.split(".")) and name not in known)
     if more:

@@ -1,8 +1,13 @@
-from megatron_bliss.config import RunConfig
+from pathlib import Path
+
+from megatron_bliss.config import OnlineConfig, RunConfig
+from megatron_bliss.methods.blade import Blade
 from megatron_bliss.methods.bliss import Bliss
 from megatron_bliss.methods.offline import OfflineMethod
 from megatron_bliss.methods.perplexity import Perplexity
 from megatron_bliss.methods.random import Random
+from megatron_bliss.methods.rho1 import Rho1
+from megatron_bliss.methods.self_reference import SelfReference
 
 
 def offline_method(config: RunConfig) -> OfflineMethod:
@@ -13,3 +18,13 @@ def offline_method(config: RunConfig) -> OfflineMethod:
         return Perplexity(config.perplexity.keep)
     assert config.method == "random", config.method
     return Random()
+
+
+def online_method(config: OnlineConfig) -> Blade | Rho1 | SelfReference | None:
+    """The method that chooses tokens during training; None where all of them carry loss."""
+    if config.method == "blade":
+        return Blade(config.sync_interval)
+    if config.method == "rho1":
+        assert config.reference is not None
+        return Rho1(Path(config.reference))
+    return SelfReference(config.sync_interval) if config.method == "self" else None

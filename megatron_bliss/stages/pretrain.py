@@ -7,6 +7,7 @@ of its last iteration is there. One that was killed goes on from the newest chec
 import json
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,10 @@ from megatron_bliss.data.selection import Selection
 from megatron_bliss.errors import UserError
 from megatron_bliss.mcore.arguments import Files, decay_arguments, split_blends, training_arguments
 from megatron_bliss.mcore.checkpoint_files import find, iteration_path, mend_latest, read_iteration, write_iteration
+from megatron_bliss.mcore.online import OnlineJob
+from megatron_bliss.mcore.online import install as install_online
 from megatron_bliss.mcore.script import PACKAGED_SCRIPT, run_script
+from megatron_bliss.methods import online_method
 from megatron_bliss.stages.sources import resume
 
 
@@ -40,7 +44,8 @@ def run(run_dir: Path, round_number: int) -> None:
     # without a warm-up the first round starts from the initialisation
     load = save if resumed is not None else start if config.warmup.target_steps else None
     files = Files(_data_file(save), paths.index_cache, save, load)
-    _train(config, selection, files, training_arguments(config, files), end)
+    online = _online(config, paths.online(round_number) / "metrics.jsonl") if round_number else None
+    _train(config, selection, files, training_arguments(config, files), end, online)
 
 
 def line_and_selection(paths: RunPaths, round_number: int) -> tuple[Path, Path]:
@@ -74,7 +79,8 @@ def decay_branch(run_dir: Path, round_number: int) -> Path:
         load = save if resumed is not None else _branching_point(trunk, start, fresh)
         # with an index cache of its own, as the next round may be using the run's
         files = Files(_data_file(save), paths.evaluation(round_number) / "index-cache", save, load)
-        _train(config, selection, files, decay_arguments(config, round_number, files), end)
+        online = _online(config) if round_number else None
+        _train(config, selection, files, decay_arguments(config, round_number, files), end, online)
     return iteration_path(save, end)
 
 
@@ -110,13 +116,24 @@ def _data_file(save: Path) -> Path:
     return save.with_name(f"{save.name}-data.json")
 
 
-def _train(config: RunConfig, selection: Path, files: Files, arguments: Sequence[str], end: int) -> None:
+def _online(config: RunConfig, metrics: Path | None = None) -> OnlineJob | None:
+    """The choice of tokens in a round or, without metrics, on its decay branch, where the reference stays as it is."""
+    method = online_method(config.online)
+    if method is None:
+        return None
+    return OnlineJob(config.online, method, config.data.validation, metrics, holds=metrics is None)
+
+
+def _train(
+    config: RunConfig, selection: Path, files: Files, arguments: Sequence[str], end: int, online: OnlineJob | None
+) -> None:
     if _is_first():
         write_blends(files.data, selection, config)
         mend_latest(files.save)
         _mend_index_cache(files.index_cache)
     try:
-        run_script(Path(config.target.script or PACKAGED_SCRIPT), arguments, selection)
+        before = None if online is None else partial(install_online, online)
+        run_script(Path(config.target.script or PACKAGED_SCRIPT), arguments, selection, before)
     except SystemExit as ended:  # how Megatron ends at a transition
         if ended.code:
             raise
