@@ -3,13 +3,20 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from megatron_bliss.config import ModelConfig
+from megatron_bliss.artifacts import RunPaths
+from megatron_bliss.config import ModelConfig, load_config, save_config
 from megatron_bliss.mcore.architectures import resolve
+from megatron_bliss.mcore.arguments import Files, training_arguments
 from megatron_bliss.mcore.checkpoint_files import read_iteration
+from megatron_bliss.mcore.script import PACKAGED_SCRIPT
+from megatron_bliss.stages.pretrain import decay_branch
+from tests.distributed import run_ranks
 from tests.launch import finish, losses, run, start
-from tests.tiny_run import SEQUENCE_LENGTH, VOCAB_SIZE, write_chain_shard
+from tests.selections import select
+from tests.tiny_run import SEQUENCE_LENGTH, VOCAB_SIZE, tiny_config, write_chain_shard
 
 USER_SCRIPT = Path(__file__).parent / "scripts" / "pretrain_gpt.py"
 STEPS = 10
@@ -120,3 +127,58 @@ def test_a_pipeline_is_refused_in_a_sentence(folder: Path) -> None:
     text = "".join(Path(folder / f"refused.log.{rank}").read_text() for rank in range(2))
     assert "--pipeline-model-parallel-size is 2, which online token selection (blade) does not support" in text
     assert "Traceback" not in text
+
+
+def test_noise_is_hardly_kept_after_the_second_synchronisation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the tokens are random. The noise share of what is kept is at most a third of the pool's.
+
+    While there is something left to learn, that is: a model that knows the walk has no excess loss on it either.
+    """
+    for seed, (name, noise) in enumerate({"walk": 0.0, "noise": 1.0, "valid": 0.0}.items()):
+        write_chain_shard(tmp_path / name, 400, seed, noise)
+    record = tmp_path / "kept.jsonl"
+    monkeypatch.setenv("RECORD", str(record))
+    online = blade(tmp_path, "sync_interval=20", "reference_steps=40", "keep=0.4")
+    script = USER_SCRIPT.with_name("recording_kept_gpt.py")
+    words = [*online, script, *arguments(tmp_path, "--lr", "2e-3", steps=60)]
+    run("megatron_bliss.hooks", words, tmp_path / "planted.log")
+    rows = [json.loads(line) for line in record.read_text().splitlines()]
+    late = [row for row in rows if row["step"] >= 40]  # the second comes after 40 steps
+    in_pool = sum(row["noise"] for row in late) / sum(row["tokens"] for row in late)
+    in_kept = sum(row["noise_kept"] for row in late) / sum(row["kept"] for row in late)
+    assert in_pool == pytest.approx(0.5, abs=0.1)
+    assert in_kept <= in_pool / 3
+
+
+def _decay(rank: int, run_dir: Path) -> str:
+    import contextlib
+    import io
+
+    with contextlib.redirect_stdout(io.StringIO()) as shown:
+        decay_branch(run_dir, 1)
+    return shown.getvalue()
+
+
+def test_a_run_selects_tokens_as_the_hook_does_and_its_decay_branch_leaves_the_reference(tmp_path: Path) -> None:
+    online = {"sync_interval": 4, "reference_steps": 2, "offload": "true"}
+    settings = ["online.method=blade", *(f"online.{key}={value}" for key, value in online.items())]
+    config = load_config(tiny_config(tmp_path, control=False), [*settings, "warmup.target_steps=0"])
+    paths = RunPaths(tmp_path / "run")
+    save_config(config, paths.config)
+    prefixes = [prefix for domain in config.data.pool for prefix in domain.prefixes]
+    select(paths.selection(1), {prefix: np.arange(0, 600, 5) for prefix in prefixes})
+    in_run = losses(
+        run("megatron_bliss.cli", ["pretrain", "--run", paths.root, "--round", "1"], tmp_path / "stage.log")
+    )
+
+    files = Files(paths.target.with_name("target-data.json"), paths.index_cache, tmp_path / "hook" / "target")
+    words = [word for key, value in online.items() for word in ("--set", f"{key}={value}")]
+    words += ["--online", "blade", "--validation", config.data.validation, "--selection", str(paths.selection(1))]
+    words += [str(PACKAGED_SCRIPT), *training_arguments(config, files)]
+    assert losses(run("megatron_bliss.hooks", words, tmp_path / "hook.log")) == in_run
+    lines = (paths.online(1) / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [5, 5, 6]  # a synchronisation, two steps
+
+    [text] = run_ranks(_decay, 1, paths.root)
+    assert sorted(losses(text)) == [7, 9]
+    assert "synchronised" not in text  # though one would be due after 8 steps

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import gc
 import inspect
 import time
 from collections import deque
@@ -191,6 +192,7 @@ class OnlineSession:
         if not self._job.holds and self._method.is_due(iteration) and state.synced_at != iteration:
             with _whole_parameters(model, optimizer):
                 self._synchronise(iteration, model[0], optimizer)
+            gc.collect()  # DDP and its parameters refer to each other: gradients would stay on the device
             state.num_syncs += 1
             state.synced_at = iteration
         self._ahead.clear()

@@ -5,7 +5,7 @@ forward pass, and a product with the exact Hessian as three of both (forward, ba
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
@@ -82,6 +82,24 @@ def train_flops(config: RunConfig, iteration: int) -> float:
     return iteration * target_flops_per_step(config)
 
 
+def online_flops(config: RunConfig, steps: int) -> float:
+    """Of online selection beside `steps` steps of the LLM: the reference's forward passes, and its own training.
+
+    Taken as if tokens were selected from the first step on, so it is an upper bound. A reference step goes through as
+    many tokens of the pool and of the validation set, and through the former with the model and the old reference too.
+    """
+    online = config.online
+    if online.method == "none":
+        return 0.0
+    passes = 2 * _FORWARD if online.scope == "global-batch" else 0.0  # model and reference look ahead
+    flops = steps * (_FORWARD + passes) * target_flops_per_step(config)
+    if online.method == "blade":
+        size = (online.reference_batch_size or config.target.global_batch_size) / config.target.global_batch_size
+        reference_step = (2 + 2 * _FORWARD) * size * target_flops_per_step(config)
+        flops += steps / online.sync_interval * online.reference_steps * reference_step
+    return flops
+
+
 def arm_costs(arm: Arm, pool: PoolSize | None) -> dict[str, Cost]:
     """Cost of an arm's stages by name; stages that cost next to nothing are not in it."""
     config = arm.config
@@ -105,7 +123,9 @@ def arm_costs(arm: Arm, pool: PoolSize | None) -> dict[str, Cost]:
             costs[arm.stage_name("score", number)] = _score(config, pool, offered)
         costs[arm.stage_name("select", number)] = _select(pool, offered, share)
         costs[arm.stage_name("prepare", number)] = _prepare(config, offered, share, config.round_steps)
-        costs[arm.stage_name("pretrain", number)] = _pretrain(config, config.round_steps)
+        training = _pretrain(config, config.round_steps)
+        reference = online_flops(config, config.round_steps)
+        costs[arm.stage_name("pretrain", number)] = replace(training, flops=(training.flops or 0) + reference)
         costs[arm.stage_name("evaluate", number)] = _evaluate(config)
     return costs
 
@@ -326,6 +346,11 @@ def _notes(config: RunConfig, run_dir: Path, pool: PoolSize | None) -> list[str]
         if share is not None:
             training = train_flops(arm.config, arm.config.round_end(config.rounds))
             lines.append(f"{arm.name}: selection takes {share / training:.1%} of the training's FLOPs")
+        if reference := online_flops(arm.config, arm.config.rounds * arm.config.round_steps):
+            training = train_flops(arm.config, arm.config.round_end(arm.config.rounds))
+            lines.append(
+                f"{arm.name}: online selection takes at most {reference / training:.1%} of the training's FLOPs"
+            )
     return lines
 
 
