@@ -4,6 +4,7 @@ The defaults are the recipe of the BLISS paper (arXiv 2510.06048) for a 410M mod
 Sizes are in sequences, steps or tokens as each line says.
 """
 
+from megatron_bliss.config.comparison import Comparison, load_comparison
 from megatron_bliss.config.controls import control_config
 from megatron_bliss.config.data import DataConfig, DomainConfig, TokenizerConfig
 from megatron_bliss.config.files import differences, load_config, load_online_config, read_saved_config, save_config
@@ -17,6 +18,7 @@ from megatron_bliss.config.selection import QuotaConfig, ScoringConfig, Selectio
 __all__ = [
     "BILEVEL_PRESETS",
     "BilevelConfig",
+    "Comparison",
     "ControlConfig",
     "DataConfig",
     "DomainConfig",
@@ -35,6 +37,7 @@ __all__ = [
     "WarmupConfig",
     "control_config",
     "differences",
+    "load_comparison",
     "load_config",
     "load_online_config",
     "proxy_run",

@@ -21,7 +21,14 @@ def load_config(path: Path | None, overrides: list[str]) -> RunConfig:
     :raises UserError: for a file that is not YAML settings, an unknown key, a value of the wrong type, or one that
         cannot work.
     """
-    given = _read(path) if path else OmegaConf.create()
+    return settings_of(read_given(path) if path else OmegaConf.create(), overrides, path)
+
+
+def settings_of(given: Any, overrides: list[str], path: Path | None) -> RunConfig:
+    """The same from what a file says.
+
+    :param path: of the file, for errors.
+    """
     for word in overrides:
         if not word.partition("=")[0] or "=" not in word:
             raise UserError(f"{word!r} is not a setting: write key=value, for example bilevel.gamma=0")
@@ -52,7 +59,7 @@ def load_online_config(method: str, overrides: list[str]) -> OnlineConfig:
     return config
 
 
-def _read(path: Path) -> Any:
+def read_given(path: Path) -> Any:
     """What a YAML file says, nothing of it checked.
 
     :raises UserError: if it cannot be read, or is not a mapping.
@@ -60,7 +67,7 @@ def _read(path: Path) -> Any:
     try:
         given = OmegaConf.load(path)
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist; give the path of a run's YAML settings") from None
+        raise UserError(f"{path} does not exist; give the path of YAML settings") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path} cannot be read as YAML settings: {_line(error)}") from None
     if not isinstance(given, DictConfig):
@@ -97,7 +104,7 @@ def read_saved_config(path: Path) -> RunConfig:
     if not path.exists():
         raise UserError(f"{path} does not exist; give a directory that `megatron-bliss run` has made")
     try:
-        return _checked(OmegaConf.merge(OmegaConf.structured(RunConfig), _read(path)))
+        return _checked(OmegaConf.merge(OmegaConf.structured(RunConfig), read_given(path)))
     except OmegaConfBaseException as error:
         raise UserError(f"{path}: {str(error).splitlines()[0]}; restore the file, or start a new run") from None
 

@@ -287,7 +287,7 @@ def show(config: RunConfig, run_dir: Path) -> None:
     """
     check(config, run_dir)
     console = Console(width=None if sys.stdout.isatty() else _WIDTH)
-    pool, reason = _measure(config)
+    pool, reason = measure(config)
     costs: dict[str, Cost] = {}
     for arm in arms(config, run_dir):
         costs |= arm_costs(arm, pool)
@@ -309,7 +309,7 @@ def show(config: RunConfig, run_dir: Path) -> None:
         console.print(f"the pool's size is not known, so numbers are missing above: {reason}", soft_wrap=True)
 
 
-def _measure(config: RunConfig) -> tuple[PoolSize | None, str]:
+def measure(config: RunConfig) -> tuple[PoolSize | None, str]:
     """Size of the pool from its indices, or why it is not known."""
     try:
         shards = [Shard(prefix) for domain in config.data.pool for prefix in domain.prefixes]

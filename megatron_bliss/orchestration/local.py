@@ -5,9 +5,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 
@@ -64,33 +64,84 @@ def run(
     :raises UserError: if the run is in use, its settings cannot work or changed, or a stage refused its input.
     :raises StageError: if a stage failed, or this was interrupted; its processes are ended by then.
     """
-    run_dir, console = run_dir.absolute(), console or Console()
-    check(config, run_dir)
-    with run_lock(RunPaths(run_dir).lock):
-        for leftover in processes.end_leftovers(run_dir):
-            console.print(f"ended {leftover}, left behind by an earlier call", soft_wrap=True)
-        state.prepare(config, run_dir)
-        stages = plan(config, run_dir)
-        with view(console, run_dir) as shown, _signals() as received:
-            work = _Work(run_dir, config, by_urgency(stages), shown, command)
+    run_all({run_dir: config}, run_dir, command=command, console=console)
+
+
+def run_all(
+    runs: Mapping[Path, RunConfig],
+    root: Path,
+    *,
+    command: Callable[[Stage], list[str]] = stage_command,
+    console: Console | None = None,
+) -> None:
+    """Do whatever some runs still lack, as many stages side by side as one of them may have: a stage of a later run is
+    started where the earlier ones leave room.
+
+    :param runs: settings by directory; `launch` of the first holds for all together.
+    :param root: directory that they lie in, or the only one's own.
+    :raises UserError: if a run is in use, its settings cannot work or changed, or a stage refused its input.
+    :raises StageError: if a stage failed, or this was interrupted; all processes are ended by then.
+    """
+    runs, root, console = (
+        {path.absolute(): config for path, config in runs.items()},
+        root.absolute(),
+        console or Console(),
+    )
+    for run_dir, config in runs.items():
+        check(config, run_dir)
+    concurrency = next(iter(runs.values())).launch.concurrency
+    with ExitStack() as locks:
+        for run_dir in runs:
+            locks.enter_context(run_lock(RunPaths(run_dir).lock))
+        for run_dir, config in runs.items():
+            for leftover in processes.end_leftovers(run_dir):
+                console.print(f"ended {leftover}, left behind by an earlier call", soft_wrap=True)
+            state.prepare(config, run_dir)
+        with view(console, root) as shown, _signals() as received:
+            works = [
+                _Work(run_dir, config, _prefix(run_dir, root), by_urgency(plan(config, run_dir)), shown, command)
+                for run_dir, config in runs.items()
+            ]
+            num_stages = sum(len(work.waiting) for work in works)
             try:
-                while work.advance():
+                while _advance(works, concurrency, shown):
                     if received:
                         raise StageError(f"stopped by {signal.Signals(received[0]).name}; run again to go on")
                     time.sleep(_POLL_INTERVAL)
             except BaseException as error:
-                work.stop(str(error).split(";")[0] or "stopped")
+                for work in works:
+                    work.stop(str(error).split(";")[0] or "stopped")
                 raise
-        if not work.num_started:
-            console.print(f"nothing to do: all {len(stages)} stages of {run_dir} are done", soft_wrap=True)
+        if not any(work.num_started for work in works):
+            console.print(f"nothing to do: all {num_stages} stages of {root} are done", soft_wrap=True)
+
+
+def _prefix(run_dir: Path, root: Path) -> str:
+    """Of the names of a run's stages in the display."""
+    return "" if run_dir == root else f"{run_dir.relative_to(root)}/"
+
+
+def _advance(works: "list[_Work]", concurrency: int, shown: View) -> bool:
+    """Take note of stages that ended, start those that can; False when all is done."""
+    for work in works:
+        work.take_note()
+    for work in works:
+        work.start_ready(concurrency - sum(len(each.running) for each in works))
+    shown.tick(
+        [pair for work in works for pair in work.shown_running()],
+        [work.prefix + stage.name for work in works for stage in work.waiting],
+        sum(len(work.done) for work in works),
+    )
+    return any(work.running or work.waiting for work in works)
 
 
 @dataclass
 class _Work:
-    """The stages that are waiting, running and done."""
+    """The stages of a run that are waiting, running and done."""
 
     run_dir: Path
     config: RunConfig
+    prefix: str
     waiting: list[Stage]
     shown: View
     command: Callable[[Stage], list[str]]
@@ -98,30 +149,37 @@ class _Work:
     done: set[str] = field(default_factory=set)
     num_started: int = 0
 
-    def advance(self) -> bool:
-        """Take note of stages that ended, start those that can; False when all is done."""
+    def take_note(self) -> None:
+        """Of stages that ended."""
         for stage, process in list(self.running.values()):
             if (exit_code := process.poll()) is not None:
                 self._ended(stage, exit_code)
-        self._start_ready()
+
+    def shown_running(self) -> list[tuple[Stage, state.Record]]:
+        """What runs, for the display."""
         records = state.read_state(self.run_dir) if self.running else {}
-        running = [(stage, records[name]) for name, (stage, _) in self.running.items()]
-        self.shown.tick(running, [stage.name for stage in self.waiting], len(self.done))
-        return bool(self.running or self.waiting)
+        return [self._shown(stage, records[name]) for name, (stage, _) in self.running.items()]
+
+    def _shown(self, stage: Stage, record: state.Record) -> tuple[Stage, state.Record]:
+        """Named as the display of several runs needs it."""
+        log = None if record.log is None else str(self.run_dir / record.log)
+        return replace(stage, name=self.prefix + stage.name), replace(record, log=log)
 
     def stop(self, reason: str) -> None:
         """End all that runs and say so in the state."""
         processes.end({name: process for name, (_, process) in self.running.items()}, self.run_dir)
         for stage, _ in self.running.values():
-            self.shown.ended(stage, state.stop(self.run_dir, stage, reason))
+            self.shown.ended(*self._shown(stage, state.stop(self.run_dir, stage, reason)))
         self.running.clear()
 
-    def _start_ready(self) -> None:
+    def start_ready(self, count: int) -> None:
+        """Start at most so many of the stages that can be."""
+        most = len(self.running) + count
         found = True
         while found:  # a stage that turns out to be done may make others ready
             found = False
             for stage in list(self.waiting):
-                if len(self.running) >= self.config.launch.concurrency:
+                if len(self.running) >= most:
                     return
                 if self.done.issuperset(stage.needs):
                     self.waiting.remove(stage)
@@ -146,7 +204,7 @@ class _Work:
         self.running[stage.name] = stage, process
         self.num_started += 1
         record = state.begin(self.run_dir, stage, process.pid, log, offset, inputs)
-        self.shown.started(stage, record, why if record.attempts > 1 else "")
+        self.shown.started(*self._shown(stage, record), why if record.attempts > 1 else "")
 
     def _ended(self, stage: Stage, exit_code: int) -> None:
         record = state.read_state(self.run_dir)[stage.name]
@@ -155,16 +213,16 @@ class _Work:
         if exit_code == 0 and not missing:
             del self.running[stage.name]
             self.done.add(stage.name)
-            self.shown.ended(stage, state.finish(self.run_dir, stage))
+            self.shown.ended(*self._shown(stage, state.finish(self.run_dir, stage)))
             return
         processes.end({stage.name: self.running.pop(stage.name)[1]}, self.run_dir)
         lines = logs.tail(log, record.log_offset)
         end = "\n".join(lines[-_ERROR_LINES:])
-        self.shown.ended(stage, state.fail(self.run_dir, stage, end))
+        self.shown.ended(*self._shown(stage, state.fail(self.run_dir, stage, end)))
         if sentence := logs.user_error(lines, exit_code):
-            raise UserError(f"{stage.name}: {sentence} (log: {log})")
+            raise UserError(f"{self.prefix}{stage.name}: {sentence} (log: {log})")
         what = f"ended without {', '.join(missing)}" if exit_code == 0 else f"failed with exit code {exit_code}"
-        raise StageError(f"{stage.name} {what}; the end of its log {log}:\n{end}")
+        raise StageError(f"{self.prefix}{stage.name} {what}; the end of its log {log}:\n{end}")
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from megatron_bliss.report.collect import ArmFiles, RunFiles
 
 _COLOURS = ("#0b6e4f", "#8a8a8a", "#c8553d", "#3d5a98", "#b8860b", "#6d4c8f")
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: small files, and it can be searched
     "svg.hashsalt": "megatron-bliss",  # the same figure gives the same bytes
     "font.family": "sans-serif",
@@ -44,10 +44,10 @@ def loss_curves(run: RunFiles) -> str | None:
     drawn = [files for files in run.arms if files.curve or files.decays]
     if not drawn:
         return None
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 4.0), layout="constrained")
         axes = figure.subplots()
-        for files, colour in zip(run.arms, _colours(len(run.arms)), strict=True):
+        for files, colour in zip(run.arms, colours(len(run.arms)), strict=True):
             _draw_arm(axes, files, colour)
         main = run.arms[0].curve
         if main:
@@ -55,7 +55,7 @@ def loss_curves(run: RunFiles) -> str | None:
         axes.set_xlabel("optimizer steps of the LLM, warm-up included")
         axes.set_ylabel(f"loss on the {'test' if run.config.data.test else 'validation'} set, nats a token")
         axes.legend()
-        return _svg(figure)
+        return svg(figure)
 
 
 def _draw_arm(axes: Axes, files: ArmFiles, colour: str) -> None:
@@ -75,7 +75,7 @@ def kept_shares(run: RunFiles) -> str | None:
         return None
     domains = [domain.name for domain in run.config.data.pool]
     num_bars = 1 + run.config.rounds
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         height = 1.0 + len(drawn) * (0.5 + 0.14 * num_bars * len(domains))
         figure = Figure(figsize=(7.2, height), layout="constrained")
         panels = figure.subplots(len(drawn), 1, squeeze=False, sharex=True)[:, 0]
@@ -83,7 +83,7 @@ def kept_shares(run: RunFiles) -> str | None:
             _draw_kept(axes, files, domains, num_bars)
         panels[-1].set_xlabel("% of tokens")
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=min(num_bars, 4))
-        return _svg(figure)
+        return svg(figure)
 
 
 def _draw_kept(axes: Axes, files: ArmFiles, domains: list[str], num_bars: int) -> None:
@@ -117,11 +117,11 @@ def bilevel_curves(run: RunFiles) -> str | None:
     if not keys:
         return None
     num_rows = math.ceil(len(keys) / 3)
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(9.0, 0.4 + 1.9 * num_rows), layout="constrained")
         panels = figure.subplots(num_rows, 3, squeeze=False).flatten()
         for axes, key in zip(panels, keys, strict=False):
-            for entry, colour in zip(rounds, _colours(len(rounds)), strict=True):
+            for entry, colour in zip(rounds, colours(len(rounds)), strict=True):
                 steps = [line.get("step", place + 1) for place, line in enumerate(entry.bilevel)]
                 values = [line.get(key, math.nan) for line in entry.bilevel]
                 axes.plot(steps, values, linewidth=1, color=colour, label=f"round {entry.number}")
@@ -129,14 +129,14 @@ def bilevel_curves(run: RunFiles) -> str | None:
         for axes in panels[len(keys) :]:
             axes.axis("off")
         panels[0].legend()
-        return _svg(figure)
+        return svg(figure)
 
 
-def _colours(count: int) -> list[str]:
+def colours(count: int) -> list[str]:
     return [_COLOURS[place % len(_COLOURS)] for place in range(count)]
 
 
-def _svg(figure: Figure) -> str:
+def svg(figure: Figure) -> str:
     """The figure as an <svg> element that can stand inside HTML."""
     stream = io.StringIO()
     figure.savefig(stream, format="svg", metadata={"Date": None})
