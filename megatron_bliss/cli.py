@@ -69,6 +69,33 @@ def run(
 
 
 @app.command()
+def compare(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="The comparison, YAML: run, seeds, arms.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings of the runs, or seeds=[1,2].")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Directory of the comparison; runs/<name of CONFIG> by default.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only print arms, stages, FLOPs and what is missing.")
+    ] = False,
+) -> None:
+    """Methods beside each other, with several seeds; called again, with more arms or seeds, it does what is missing."""
+    from megatron_bliss.config import load_comparison
+    from megatron_bliss.orchestration import compare as comparison
+    from megatron_bliss.report import comparison_page
+
+    asked = load_comparison(config, overrides or [])
+    directory = out or Path("runs") / config.stem
+    if dry_run:
+        comparison.show(asked, directory)
+    else:
+        comparison.run(asked, directory)
+        comparison_page.write(directory)
+
+
+@app.command()
 def status(run_dir: RunArgument) -> None:
     """One table: stages, times, losses, what is running, what failed and where its log is."""
     from megatron_bliss.orchestration import status as table
@@ -78,9 +105,13 @@ def status(run_dir: RunArgument) -> None:
 
 @app.command()
 def report(run_dir: RunArgument) -> None:
-    """Write report.html and result.json from the files of a run, finished or not."""
-    from megatron_bliss.report import page, result
+    """Write report.html and result.json from the files of a run, or comparison.html and .json; finished or not."""
+    from megatron_bliss.orchestration.compare import seed_dirs
+    from megatron_bliss.report import comparison_page, page, result
 
+    if seed_dirs(run_dir):
+        comparison_page.write(run_dir)
+        return
     result.write(run_dir)
     page.write(run_dir)
     typer.echo(run_dir / "report.html")

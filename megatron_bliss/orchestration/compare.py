@@ -173,7 +173,7 @@ def _time_left(
         records = state.read_state(out / f"seed-{seed}")
         for stage in stages[seed]:
             record = records.get(stage.name)
-            if record and record.status == "done" and record.started and record.finished:
+            if record and record.status == "done" and record.started is not None and record.finished is not None:
                 took.setdefault(stage.command[0], []).append(record.finished - record.started)
     left = [stage.command[0] for seed in configs for stage in stages[seed] if stage.name in missing[seed]]
     if not left:
