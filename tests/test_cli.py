@@ -32,7 +32,7 @@ def test_help_imports_nothing_heavy() -> None:
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["run", "nowhere.yaml"], "error: nowhere.yaml does not exist; give the path of a run's YAML settings"),
+        (["run", "nowhere.yaml"], "error: nowhere.yaml does not exist; give the path of YAML settings"),
         (["run", "SETTINGS", "bilevel.gama=1"], "bilevel"),
         (["run", "SETTINGS", "--turbo"], "No such option"),
         (["fly"], "No such command"),

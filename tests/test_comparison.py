@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from megatron_bliss.artifacts import RunPaths, read_json, write_json
 from megatron_bliss.config import ControlConfig, RunConfig, load_comparison
 from megatron_bliss.errors import UserError
-from megatron_bliss.orchestration import compare, local
+from megatron_bliss.orchestration import compare, local, state
 from megatron_bliss.orchestration.plan import arms, plan
 from megatron_bliss.orchestration.state import prepare
 from megatron_bliss.report import comparison, comparison_page
@@ -162,14 +162,16 @@ def test_only_what_is_missing_is_done_when_arms_and_seeds_are_added(
     assert sorted(compare.seed_dirs(out)) == [1, 2]
 
 
-def test_stages_of_two_seeds_run_side_by_side(tmp_path: Path, behaviour: dict[str, Any]) -> None:
-    """With one arm a seed has chains only, so the second core is the second seed's."""
-    path = write_comparison(tmp_path, arms={})
-    compare.run(load_comparison(path, ["method=random", "warmup.proxy_steps=0"]), tmp_path / "out")
-    noted = [(event, name) for event, name, _ in journal(tmp_path / "journal")]
-    assert noted.index(("begin", "report")) > noted.index(("begin", "warmup-target"))
-    second_begins = [place for place, entry in enumerate(noted) if entry == ("begin", "warmup-target")][1]
-    assert second_begins < noted.index(("end", "report"))
+def test_a_later_seed_fills_the_core_that_an_earlier_one_leaves(tmp_path: Path, behaviour: dict[str, Any]) -> None:
+    out = tmp_path / "out"
+    compare.run(load_comparison(write_comparison(tmp_path, arms={}), ["method=random"]), out)
+    first, second = (state.read_state(out / f"seed-{seed}")["inventory"] for seed in (1, 2))
+    assert first.finished is not None
+    assert second.started is not None
+    assert second.started < first.finished, "a plan begins with one stage, and two may run"
+    spans = [record for seed in (1, 2) for record in state.read_state(out / f"seed-{seed}").values()]
+    for record in spans:
+        assert sum(other.started <= record.started < other.finished for other in spans) <= 2
 
 
 def test_another_comparison_in_the_directory_is_refused(tmp_path: Path, behaviour: dict[str, Any]) -> None:
