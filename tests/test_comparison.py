@@ -244,6 +244,19 @@ def test_arms_are_compared_in_pairs(out: Path) -> None:
     assert found == read_json(comparison.result_path(out))
 
 
+def test_reference_work_counts_as_selection(out: Path) -> None:
+    before = comparison.write(out)["arms"]["no_kl"]["seeds"]["1"]
+    path = out / "seed-1/run.yaml"
+    path.write_text(
+        path.read_text().replace("    bilevel.gamma: 0\n", "    bilevel.gamma: 0\n    online.method: self\n")
+    )
+    now = comparison.write(out)["arms"]["no_kl"]["seeds"]["1"]
+    # a forward pass, a third of a step, in each of the 6 steps after the 6 of the warm-up
+    reference = before["train_flops"] / 12 * 6 / 3
+    assert now["selection_flops"] - before["selection_flops"] == pytest.approx(reference)
+    assert now["train_flops"] == before["train_flops"]
+
+
 def test_the_page_and_the_sentences_say_what_came_out(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     comparison_page.write(out)
     shown, html = capsys.readouterr().out, (out / "comparison.html").read_text()

@@ -16,7 +16,7 @@ from megatron_bliss.data.inventory import Inventory
 from megatron_bliss.errors import UserError
 from megatron_bliss.orchestration import state
 from megatron_bliss.orchestration.compare import seed_dirs
-from megatron_bliss.orchestration.cost import selection_flops, train_flops
+from megatron_bliss.orchestration.cost import online_flops, selection_flops, train_flops
 from megatron_bliss.orchestration.plan import plan
 from megatron_bliss.report.collect import ArmFiles, Point, RunFiles, collect
 from megatron_bliss.report.result import AFTER_DECAY, BEFORE_DECAY, interpolate
@@ -180,11 +180,17 @@ def _one_seed(name: str, one: SeedRun, bases: dict[str, str | None]) -> dict[str
             for method in bases
         },
         "tokens": one.iteration * config.target.global_batch_size * config.data.sequence_length,
-        "selection_flops": selection_flops(files.arm, one.run.pool),
+        "selection_flops": _selection_flops(one, files),
         "train_flops": train_flops(config, one.iteration),
         "selection_s": spent,
         "train_s": training * part,
     }
+
+
+def _selection_flops(one: SeedRun, files: ArmFiles) -> float | None:
+    """Of proxy, bilevel loop and scores, and of the reference of online selection."""
+    offline, config = selection_flops(files.arm, one.run.pool), files.arm.config
+    return None if offline is None else offline + online_flops(config, one.iteration - config.round_end(0))
 
 
 def _minus(ours: dict[str, float | None], theirs: dict[str, float | None]) -> dict[str, float]:
