@@ -266,6 +266,7 @@ def test_the_page_and_the_sentences_say_what_came_out(out: Path, capsys: pytest.
     ):
         assert sentence.replace("apart", "nats apart") in shown or sentence in shown
     assert "&gt; 2.0" in html
+    assert (out / "comparison.svg").read_text() in html
     assert html.count("<svg") == 3
     assert "http" not in html.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
         "http://creativecommons.org", ""

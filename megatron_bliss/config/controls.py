@@ -12,20 +12,9 @@ from megatron_bliss.config.methods import BILEVEL_PRESETS
 from megatron_bliss.config.run import ControlConfig, RunConfig
 from megatron_bliss.errors import UserError
 
-# What decides on the data and on the loss. All else (pool, target, schedule, seed, measure) makes arms comparable.
-OWN_SETTINGS = (
-    "method",
-    "bilevel",
-    "online",
-    "perplexity",
-    "scoring",
-    "selection",
-    "proxy",
-    "warmup.proxy_steps",
-    "warmup.proxy_batch_size",
-    "warmup.proxy_lr",
-    "data.validation",
-)
+# What makes arms comparable: pool, target, schedule, seed, measure. All else decides on the data or on the loss.
+IN_COMMON = ("seed", "rounds", "round_steps", "data", "target", "warmup", "evaluation", "launch", "controls")
+_EXCEPT = ("data.validation", "warmup.proxy_steps", "warmup.proxy_batch_size", "warmup.proxy_lr")
 
 
 def merged(base: Any, given: Any) -> DictConfig:
@@ -81,14 +70,18 @@ def _own_settings(control: ControlConfig) -> dict[str, Any]:
     """
     own = _flat(control.settings) | ({} if control.method is None else {"method": control.method})
     for key in own:
-        if not any(key == name or key.startswith(f"{name}.") for name in OWN_SETTINGS):
+        if _is_among(key, IN_COMMON) and not _is_among(key, _EXCEPT):
             raise UserError(
-                f"{key} is the same in all arms, so that they can be compared; an arm may have of its own: "
-                f"{', '.join(OWN_SETTINGS)}"
+                f"{key} is the same in all arms, so that they can be compared; what an arm may have of its own is what "
+                f"decides on its data or its loss, and of these groups {', '.join(_EXCEPT)}"
             )
     if not own and control.steps_factor == 1:
         raise UserError("it is the main arm over again; give it a method, settings or a steps_factor")
     return own
+
+
+def _is_among(key: str, names: tuple[str, ...]) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
 def _flat(settings: Mapping[Any, Any], above: str = "") -> dict[str, Any]:

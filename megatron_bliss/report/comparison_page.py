@@ -22,12 +22,12 @@ COLUMNS = (
 
 
 def write(out: Path) -> None:
-    """Write `comparison.json` and `comparison.html`, and print the table.
+    """Write `comparison.json`, `comparison.html` and its first figure as `comparison.svg`, and print the table.
 
     :raises UserError: if there is no comparison, or nothing of it has been measured.
     """
     found = comparison.write(out)
-    runs = comparison.seed_runs(out)
+    runs, differences = comparison.seed_runs(out), comparison_figures.differences(found)
     environment = Environment(
         loader=PackageLoader("megatron_bliss", "report"), autoescape=True, undefined=StrictUndefined
     )
@@ -40,13 +40,16 @@ def write(out: Path) -> None:
         domains=sorted({domain for arm in found["arms"].values() for domain in arm["domain_loss"]}),
         number=number,
         figures={
-            "differences": comparison_figures.differences(found),
+            "differences": differences,
             "curves": comparison_figures.loss_curves(runs),
             "domains": comparison_figures.domain_differences(found),
         },
     )
     with atomic_write(out / "comparison.html", "w") as stream:
         stream.write(page)
+    if differences:
+        with atomic_write(out / "comparison.svg", "w") as stream:
+            stream.write(differences)
     console = Console(width=None if sys.stdout.isatty() else _WIDTH)
     console.print(table(found))
     for sentence in sentences(found):
