@@ -85,7 +85,7 @@ def test_keeping_all_tokens_is_plain_training(folder: Path) -> None:
         # initialisation depends on tensor parallelism, so it goes on from one rank's checkpoint, reference and all
         ("tensor", ["--tensor-model-parallel-size", "2", "--ckpt-step", "4"], "micro-batch"),
         ("data", ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"], "micro-batch"),
-        ("global", ["--use-distributed-optimizer"], "global-batch"),
+        pytest.param("global", ["--use-distributed-optimizer"], "global-batch", marks=pytest.mark.slow),
     ],
 )
 def test_two_ranks_choose_as_one(
@@ -118,6 +118,20 @@ def test_a_kill_amid_the_reference_steps_changes_nothing(folder: Path, undisturb
     assert resumed == {step: undisturbed[step] for step in (5, 7, 8, 9, 10)}
     ours, theirs = ([line | {"seconds": 0} for line in metrics(folder, name)] for name in ("killed", "undisturbed"))
     assert ours == theirs
+
+
+def test_a_given_reference_and_an_average_select_too(folder: Path, undisturbed: dict[int, str]) -> None:
+    rho1 = ["--online", "rho1", "--set", f"reference={folder / 'undisturbed'}"]
+    train(folder, "rho1", rho1, steps=4)
+    steps = metrics(folder, "rho1")
+    assert [line["step"] for line in steps] == [1, 2, 3, 4]
+    assert steps[0]["reference_loss"] < steps[0]["loss"] - 0.3  # ten steps ahead
+    assert steps[0]["kept_excess"] > steps[0]["excess"] > 0
+
+    train(folder, "average", ["--online", "self", "--set", "sync_interval=2"], steps=5)
+    steps = metrics(folder, "average")
+    assert [(line["step"], line.get("sync")) for line in steps] == [(3, 1.0), (5, 2.0), (5, None)]
+    assert steps[-1]["kept_share"] == pytest.approx(39 / 64)  # ⌈0.6 · 64⌉ of each micro-batch
 
 
 def test_a_pipeline_is_refused_in_a_sentence(folder: Path) -> None:

@@ -205,7 +205,7 @@ _UNUSED_ARGUMENTS = (
 _SHAPING_ARGUMENTS = (
     *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels", "normalization", "swiglu"),
     *("add_bias_linear", "position_embedding_type", "rotary_percent", "rotary_base", "padded_vocab_size"),
-    *("untie_embeddings_and_output_weights", "num_query_groups"),
+    *("untie_embeddings_and_output_weights", "group_query_attention"),
 )
 
 
