@@ -20,7 +20,7 @@ from megatron_bliss.report.statistics import BETTER, NO_DIFFERENCE, UNKNOWN, WOR
 from megatron_bliss.stages.inventory import collect as take_inventory
 from tests.fake_run import fake_command, journal
 from tests.test_report import write_results, write_selections
-from tests.tiny_run import tiny_config
+from tests.tiny_run import megatron_bliss, tiny_config, write_chain_shard
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("compare-*.yaml"))
 
@@ -300,3 +300,32 @@ def test_wall_time_is_what_the_trainings_waited_for(out: Path) -> None:
         comparison.comparison([one])["arms"]["random"]["train_s"]["mean"],
         took["controls/random/round-0001/pretrain"] / 2,
     )
+
+
+@pytest.mark.slow
+def test_a_comparison_of_real_runs_with_an_arm_that_shares_little(tmp_path: Path) -> None:
+    """One arm has another proxy and another validation set; killed or not, called again there is nothing to do."""
+    own = {"proxy.model.hidden_size": 64, "data.validation": write_chain_shard(tmp_path / "other", 64, 5, noise=0.9)}
+    path = write_comparison(tmp_path, arms={"random": {"method": "random"}, "other": own})
+    done = megatron_bliss("compare", path, "--out", tmp_path / "out", timeout=1800)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = read_json(tmp_path / "out" / "comparison.json")
+    assert found["measure"] == "after decay"
+    for name in ("bliss", "random", "other"):
+        arm = found["arms"][name]
+        assert arm["test_loss"]["count"] == 2
+        assert np.isfinite(arm["test_loss"]["mean"])
+    ours = [found["arms"]["bliss"]["seeds"][seed]["test_loss"] for seed in ("1", "2")]
+    random = [found["arms"]["random"]["seeds"][seed]["test_loss"] for seed in ("1", "2")]
+    assert ours[0] != ours[1]
+    paired = [one - other for one, other in zip(ours, random, strict=True)]
+    assert found["arms"]["bliss"]["difference"]["mean"] == pytest.approx(np.mean(paired))
+    assert found["arms"]["other"]["selection_flops"]["mean"] > found["arms"]["bliss"]["selection_flops"]["mean"]
+    for seed in (1, 2):
+        arm = tmp_path / f"out/seed-{seed}/controls/other"
+        assert (arm / "warmup/proxy").is_dir()
+        assert read_json(arm / "inventory.json")["validation"]["prefix"] == str(tmp_path / "other")
+        assert not (arm / "warmup/target").exists()
+    again = megatron_bliss("compare", path, "--out", tmp_path / "out")
+    assert "nothing to do" in again.stdout
+    assert read_json(tmp_path / "out" / "comparison.json") == found

@@ -61,9 +61,11 @@ def write(out: Path) -> None:
 
 def table(found: dict[str, Any]) -> Table:
     """One line an arm, the best first; mean ± standard deviation over seeds."""
+    measured = [len(arm["seeds"]) for arm in found["arms"].values()]
+    seeds = str(max(measured)) if min(measured) == max(measured) else f"at most {max(measured)}"
     title = (
         f"{found['measured_on']} loss {found['measure']} at step {found['iteration']}; "
-        f"mean ± standard deviation of {len(found['seeds'])} seeds"
+        f"mean ± standard deviation of {seeds} seeds"
     )
     shown = Table("arm", title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for column in COLUMNS:
