@@ -244,6 +244,17 @@ def test_arms_are_compared_in_pairs(out: Path) -> None:
     assert found == read_json(comparison.result_path(out))
 
 
+def test_a_domains_mean_score_leaves_out_what_was_not_scored(out: Path) -> None:
+    [one, _] = comparison.seed_runs(out)
+    paths = RunPaths(out / "seed-1")
+    paths.scores(1).mkdir()
+    least = np.finfo(np.float32).min
+    for place, name in enumerate(("walk", "noise")):
+        np.save(paths.scores(1) / f"{name}.npy", np.array([1 + place, np.nan, least, 3 + place], np.float32))
+    write_json(paths.scores(1) / "manifest.json", {"schema": 1})
+    assert comparison._mean_scores(one.arm("bliss")) == {"noise": 3.0, "walk": 2.0}
+
+
 def test_reference_work_counts_as_selection(out: Path) -> None:
     before = comparison.write(out)["arms"]["no_kl"]["seeds"]["1"]
     path = out / "seed-1/run.yaml"
