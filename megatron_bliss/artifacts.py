@@ -83,6 +83,9 @@ class RunPaths:
     def bilevel(self, number: int) -> Path:
         return self.round(number) / "bilevel"
 
+    def ngrams(self, number: int) -> Path:
+        return self.round(number) / "ngrams"
+
     def target_cache(self, number: int) -> Path:
         return self.round(number) / "target-cache"
 

@@ -209,6 +209,14 @@ def cache_target(run_dir: RunOption, number: RoundOption) -> None:
 
 
 @app.command(rich_help_panel=_STAGES)
+def ngrams(run_dir: RunOption, number: RoundOption) -> None:
+    """Count the n-grams of the round's slice and of the validation set, for method dsir."""
+    from megatron_bliss.stages import ngrams as stage
+
+    stage.run(run_dir, number)
+
+
+@app.command(rich_help_panel=_STAGES)
 def bilevel(run_dir: RunOption, number: RoundOption) -> None:
     """Learn the score model by the bilevel loop."""
     from megatron_bliss.stages import bilevel as stage

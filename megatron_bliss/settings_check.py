@@ -12,7 +12,8 @@ from omegaconf import OmegaConf
 
 from megatron_bliss.errors import UserError
 
-METHODS = ("bliss", "perplexity", "random")
+METHODS = ("bliss", "dsir", "perplexity", "random", "all")
+WITHOUT_SCORES = ("random", "all")  # of the methods
 
 _CHOICES = {
     "method": METHODS,
@@ -23,6 +24,7 @@ _CHOICES = {
     "bilevel.curvature": ("none", "finite-difference", "gauss-newton", "exact"),
     "bilevel.solver": ("averaged", "conjugate-gradient", "paper"),
     "perplexity.keep": ("low", "middle", "high"),
+    "dsir.features": ("words", "tokens"),
 }
 _ONLINE_CHOICES = {
     "method": ("none", "blade", "rho1", "self"),
@@ -54,6 +56,9 @@ _POSITIVE = (
     "bilevel.z_steps",
     "bilevel.kl_top_k",
     "bilevel.checkpoint_interval",
+    "dsir.ngrams",
+    "dsir.num_buckets",
+    "dsir.fit_tokens",
     "scoring.batch_tokens",
     "scoring.chunk_sequences",
     "scoring.claim_timeout",
@@ -120,9 +125,10 @@ def check(settings: Any) -> None:
     check_online(settings.online)
     _check_online_layout(settings)
     _check_pool_lasts(settings)
-    if settings.selection.threshold is not None and (settings.method == "random" or settings.controls):
+    if settings.selection.threshold is not None and (settings.method in WITHOUT_SCORES or settings.controls):
         raise UserError(
-            "selection.threshold is for one method's scores; with method=random or controls, whose scores are others, "
+            f"selection.threshold is for one method's scores; with method={' or '.join(WITHOUT_SCORES)} or controls, "
+            "whose scores are others, "
             "give selection.fraction or selection.tokens"
         )
 
@@ -135,7 +141,7 @@ def _check_choice(key: str, value: Any, choices: tuple[str, ...]) -> None:
 def _check_pool_lasts(settings: Any) -> None:
     """With one pool for all rounds, each takes a fraction of all of it; the warm-up has taken a part of its slice."""
     selection, warmup = settings.selection, settings.warmup
-    if selection.pool != "all" or selection.fraction is None:
+    if selection.pool != "all" or selection.fraction is None or settings.method == "all":
         return
     taken = settings.rounds * selection.fraction
     if warmup.target_steps:

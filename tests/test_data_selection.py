@@ -268,9 +268,10 @@ def test_nothing_to_draw_is_an_error() -> None:
 
 
 def test_methods_by_name() -> None:
-    found = {name: offline_method(RunConfig(method=name)) for name in ("bliss", "perplexity", "random")}
+    found = {name: offline_method(RunConfig(method=name)) for name in ("bliss", "dsir", "perplexity", "random", "all")}
     assert [(m.name, m.scored_by, m.learns) for m in found.values()] == [
-        ("bliss", "score_model", True), ("perplexity-low", "proxy_loss", False), ("random", "none", False),
+        ("bliss", "score_model", "bilevel"), ("dsir", "ngrams", "ngrams"), ("perplexity-low", "proxy_loss", None),
+        ("random", "none", None), ("all", "none", None),
     ]  # fmt: skip
 
 

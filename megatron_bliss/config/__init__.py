@@ -9,7 +9,7 @@ from megatron_bliss.config.controls import control_config
 from megatron_bliss.config.data import DataConfig, DomainConfig, TokenizerConfig
 from megatron_bliss.config.files import differences, load_config, load_online_config, read_saved_config, save_config
 from megatron_bliss.config.launch import LaunchConfig
-from megatron_bliss.config.methods import BILEVEL_PRESETS, BilevelConfig, PerplexityConfig
+from megatron_bliss.config.methods import BILEVEL_PRESETS, BilevelConfig, DsirConfig, PerplexityConfig
 from megatron_bliss.config.models import EvaluationConfig, ModelConfig, ProxyConfig, TargetConfig, WarmupConfig
 from megatron_bliss.config.online import OnlineConfig
 from megatron_bliss.config.run import ControlConfig, RunConfig, proxy_run, warmup_run
@@ -22,6 +22,7 @@ __all__ = [
     "ControlConfig",
     "DataConfig",
     "DomainConfig",
+    "DsirConfig",
     "EvaluationConfig",
     "LaunchConfig",
     "ModelConfig",

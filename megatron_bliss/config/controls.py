@@ -42,7 +42,7 @@ def control_config(config: RunConfig, control: ControlConfig, main_run: Path) ->
     own = _own_settings(control)
     arm = _with_settings(config, own) if own else config
     selection, factor = arm.selection, control.steps_factor
-    if (selection.fraction or 0) * factor > 1:
+    if arm.method != "all" and (selection.fraction or 0) * factor > 1:
         raise UserError(
             f"it needs {factor} times {selection.fraction} of a slice, which is more than all of it; lower "
             "steps_factor or selection.fraction"
@@ -53,7 +53,7 @@ def control_config(config: RunConfig, control: ControlConfig, main_run: Path) ->
         round_steps=round(config.round_steps * factor),
         selection=replace(
             selection,
-            fraction=selection.fraction and selection.fraction * factor,
+            fraction=selection.fraction and min(selection.fraction * factor, 1.0),  # above 1 for method `all` alone
             tokens=selection.tokens and round(selection.tokens * factor),
         ),
         warmup=replace(

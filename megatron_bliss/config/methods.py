@@ -49,6 +49,20 @@ class PerplexityConfig:
     keep: str = "low"  # low | middle | high
 
 
+@dataclass
+class DsirConfig:
+    """The `dsir` method (arXiv 2302.03169): importance weights from hashed n-grams.
+
+    A score is the log of p(sequence) / q(sequence) under bags of n-grams, p of the validation set and q of the slice;
+    it grows with the length. `selection.temperature: 1` draws as the paper does, 0 keeps the best.
+    """
+
+    features: str = "words"  # words of the text, as the authors' package takes them | tokens: of ids, 20 times faster
+    ngrams: int = 2  # units of the longest n-gram
+    num_buckets: int = 10_000  # that n-grams are hashed to
+    fit_tokens: int = 1_000_000_000  # of the slice that q is fitted to, at most, about
+
+
 # What `preset: paper` sets; the 410M settings of the authors' code. Settings given by the user win over it.
 BILEVEL_PRESETS: dict[str, dict[str, Any]] = {
     "default": {},

@@ -9,7 +9,7 @@ from omegaconf import MISSING
 from megatron_bliss.artifacts import RunPaths
 from megatron_bliss.config.data import DataConfig
 from megatron_bliss.config.launch import LaunchConfig
-from megatron_bliss.config.methods import BilevelConfig, PerplexityConfig
+from megatron_bliss.config.methods import BilevelConfig, DsirConfig, PerplexityConfig
 from megatron_bliss.config.models import EvaluationConfig, ProxyConfig, TargetConfig, WarmupConfig
 from megatron_bliss.config.online import OnlineConfig
 from megatron_bliss.config.selection import ScoringConfig, SelectionConfig
@@ -30,7 +30,7 @@ class RunConfig:
     """One experiment."""
 
     seed: int = 1234
-    method: str = "bliss"  # bliss | perplexity | random
+    method: str = "bliss"  # bliss | dsir | perplexity | random | all
     rounds: int = 4
     round_steps: int = 10_000  # optimizer steps of the LLM in a round
     data: DataConfig = field(default_factory=DataConfig)
@@ -39,6 +39,7 @@ class RunConfig:
     warmup: WarmupConfig = field(default_factory=WarmupConfig)
     bilevel: BilevelConfig = field(default_factory=BilevelConfig)
     perplexity: PerplexityConfig = field(default_factory=PerplexityConfig)
+    dsir: DsirConfig = field(default_factory=DsirConfig)
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
     selection: SelectionConfig = field(default_factory=SelectionConfig)
     online: OnlineConfig = field(default_factory=OnlineConfig)

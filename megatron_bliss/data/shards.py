@@ -87,7 +87,7 @@ class Shard:
                 f"{self.bin_path} has {bin_bytes} bytes, its index promises "
                 f"{self.num_tokens * self.dtype.itemsize}: one of the two was truncated or replaced"
             )
-        self._tokens: np.ndarray = _map(self.bin_path, self.dtype, 0, self.num_tokens)
+        self.tokens: np.ndarray = _map(self.bin_path, self.dtype, 0, self.num_tokens)
 
     def __len__(self) -> int:
         return len(self.sequence_lengths)
@@ -95,7 +95,7 @@ class Shard:
     def __getitem__(self, sequence_id: int) -> np.ndarray:
         """Token ids of a sequence: [length], the shard's dtype, a view of the memory map."""
         start = int(self.sequence_offsets[sequence_id]) // self.dtype.itemsize
-        return self._tokens[start : start + int(self.sequence_lengths[sequence_id])]
+        return self.tokens[start : start + int(self.sequence_lengths[sequence_id])]
 
 
 def _map(path: Path, dtype: Any, offset: int, count: int) -> np.ndarray:

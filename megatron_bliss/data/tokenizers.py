@@ -7,6 +7,7 @@ which SentencePiece uses for the space.
 
 import io
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -19,7 +20,19 @@ from megatron_bliss.errors import UserError
 
 _BLOCK_CHARACTERS = 2000  # of text a training sentence: whole lines, so that newlines and indentation are learnt too
 _CHARACTER_COVERAGES = (0.9995, 0.99, 0.97, 0.9)  # of the text, by characters with a piece of their own
+_SENTENCEPIECE_SPACE = "\u2581"
 _EOD_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|eos|>", "[EOS]")
+
+
+def _byte_level() -> dict[str, int]:
+    """The byte behind each character of a byte-level vocabulary: printable bytes are themselves, others in order from
+    U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
+
+
+_BYTE_LEVEL = _byte_level()
 
 
 class Tokenizer(Protocol):
@@ -37,6 +50,10 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, ids: Sequence[int]) -> str: ...
+
+    def pieces(self) -> list[bytes]:
+        """UTF-8 bytes that each id stands for; none for special tokens."""
+        ...
 
 
 class SentencePiece:
@@ -65,6 +82,19 @@ class SentencePiece:
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self._processor.Decode([int(i) for i in ids])
         return text
+
+    def pieces(self) -> list[bytes]:
+        model = self._processor
+
+        def piece(index: int) -> bytes:
+            if model.IsControl(index) or model.IsUnknown(index) or model.IsUnused(index):
+                return b""
+            name: str = model.IdToPiece(index)
+            if model.IsByte(index):  # <0x0A>
+                return bytes([int(name[3:-1], 16)])
+            return name.replace(_SENTENCEPIECE_SPACE, " ").encode()
+
+        return [piece(index) for index in range(self.vocab_size)]
 
 
 class HuggingFace:
@@ -105,6 +135,28 @@ class HuggingFace:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def pieces(self) -> list[bytes]:
+        decoder = json.loads(self._tokenizer.to_str())["decoder"] or {}
+        kinds = {decoder.get("type"), *(part.get("type") for part in decoder.get("decoders", []))}
+        added = self._tokenizer.get_added_tokens_decoder()
+        special = {index for index, token in added.items() if token.special}
+
+        def piece(index: int) -> bytes:
+            name = self._tokenizer.id_to_token(index)
+            if name is None or index in special:
+                return b""
+            if index in added:
+                return name.encode()
+            if "ByteLevel" in kinds:
+                return bytes(_BYTE_LEVEL[character] for character in name)
+            if "ByteFallback" in kinds and re.fullmatch(r"<0x[0-9A-F]{2}>", name):
+                return bytes([int(name[3:-1], 16)])
+            if "WordPiece" in kinds:
+                return name[2:].encode() if name.startswith("##") else f" {name}".encode()
+            return name.replace(_SENTENCEPIECE_SPACE, " ").encode()
+
+        return [piece(index) for index in range(self.vocab_size)]
 
 
 def load_tokenizer(path: str | Path, eod_token: str | None = None) -> Tokenizer:

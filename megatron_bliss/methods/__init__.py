@@ -1,8 +1,10 @@
 from pathlib import Path
 
 from megatron_bliss.config import OnlineConfig, RunConfig
+from megatron_bliss.methods.all import All
 from megatron_bliss.methods.blade import Blade
 from megatron_bliss.methods.bliss import Bliss
+from megatron_bliss.methods.dsir import Dsir
 from megatron_bliss.methods.offline import OfflineMethod
 from megatron_bliss.methods.perplexity import Perplexity
 from megatron_bliss.methods.random import Random
@@ -16,6 +18,10 @@ def offline_method(config: RunConfig) -> OfflineMethod:
         return Bliss()
     if config.method == "perplexity":
         return Perplexity(config.perplexity.keep)
+    if config.method == "dsir":
+        return Dsir()
+    if config.method == "all":
+        return All()
     assert config.method == "random", config.method
     return Random()
 

@@ -8,4 +8,4 @@ from megatron_bliss.methods.offline import OfflineMethod
 class Bliss(OfflineMethod):
     name = "bliss"
     scored_by: Literal["score_model"] = "score_model"
-    learns = True
+    learns: Literal["bilevel"] = "bilevel"

@@ -49,10 +49,12 @@ def _check_target(config: RunConfig) -> None:
 
 def _check_selection(arm: Arm, trains_proxy: bool) -> None:
     """:param trains_proxy: whether the run warms up a proxy for the arms that have none of their own."""
-    if arm.method.scored_by != "none":
+    if arm.method.needs_proxy:
         _check_proxy(arm.config, trains_proxy or arm.config.warmup.own_proxy)
-    if arm.method.learns:
+    if arm.method.learns == "bilevel":
         _check_bilevel(arm.config)
+    if arm.method.learns == "ngrams":
+        _check_words(arm.config)
 
 
 def _check_proxy(config: RunConfig, trains_proxy: bool) -> None:
@@ -63,6 +65,14 @@ def _check_proxy(config: RunConfig, trains_proxy: bool) -> None:
         if config.warmup.proxy_steps == 0:
             raise UserError("warmup.proxy_steps is 0, but a method scores by the proxy: set it above 0")
         _check_shared(config, "warmup.proxy_batch_size", config.warmup.proxy_batch_size)
+
+
+def _check_words(config: RunConfig) -> None:
+    if config.dsir.features == "words" and config.data.tokenizer.model is None:
+        raise UserError(
+            "dsir.features is 'words', and data.tokenizer.model names no file to tell words by; name the tokenizer's, "
+            "or set dsir.features=tokens"
+        )
 
 
 def _check_bilevel(config: RunConfig) -> None:

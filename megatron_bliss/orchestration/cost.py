@@ -72,7 +72,7 @@ def selection_flops(arm: Arm, pool: PoolSize | None) -> float | None:
         for command in ("cache-target", "bilevel", "score")
     ]
     parts = [costs[name].flops for name in names if name in costs]
-    if arm.method.scored_by != "none":
+    if arm.method.needs_proxy:
         parts.append(_warmup_proxy(arm.config).flops)
     return None if None in parts else sum(part for part in parts if part is not None)
 
@@ -105,7 +105,7 @@ def arm_costs(arm: Arm, pool: PoolSize | None) -> dict[str, Cost]:
     config = arm.config
     one_slice = pool.part(1 / config.num_slices) if pool else None
     offered = _offered(config, pool)
-    share = config.selection.share(offered.num_tokens) if offered else 1.0
+    share = arm.method.settings(config.selection).share(offered.num_tokens) if offered else 1.0
     costs = {
         arm.stage_name("inventory"): Cost(*_size(pool)),
         arm.stage_name("warmup-select"): _select(pool, one_slice, config.warmup.fraction),
@@ -116,11 +116,13 @@ def arm_costs(arm: Arm, pool: PoolSize | None) -> dict[str, Cost]:
         arm.stage_name("warmup-proxy"): _warmup_proxy(config),
     }
     for number in range(1, config.rounds + 1):
-        if arm.method.learns:
+        if arm.method.learns == "ngrams":
+            costs[arm.stage_name("ngrams", number)] = _ngrams(config, offered)
+        if arm.method.learns == "bilevel":
             costs[arm.stage_name("bilevel", number)] = _bilevel(config)
             costs[arm.stage_name("cache-target", number)] = _cache_target(config)
         if arm.method.scored_by != "none":
-            costs[arm.stage_name("score", number)] = _score(config, pool, offered)
+            costs[arm.stage_name("score", number)] = _score(config, pool, offered, arm.method.needs_proxy)
         costs[arm.stage_name("select", number)] = _select(pool, offered, share)
         costs[arm.stage_name("prepare", number)] = _prepare(config, offered, share, config.round_steps)
         training = _pretrain(config, config.round_steps)
@@ -229,10 +231,18 @@ def _cache_target(config: RunConfig) -> Cost:
     return Cost(sequences, tokens, tokens * _training_flops_per_token(config, proxy=False) * _FORWARD, disk)
 
 
-def _score(config: RunConfig, pool: PoolSize | None, offered: PoolSize | None) -> Cost:
+def _ngrams(config: RunConfig, offered: PoolSize | None) -> Cost:
+    """Counting; no floating-point operations worth naming."""
+    if offered is None:
+        return Cost(None, None, 0.0, None)
+    read = offered.part(min(config.dsir.fit_tokens / max(offered.num_tokens, 1), 1.0))
+    return Cost(read.num_sequences, read.num_tokens, 0.0, 8 * config.dsir.num_buckets)
+
+
+def _score(config: RunConfig, pool: PoolSize | None, offered: PoolSize | None, by_model: bool) -> Cost:
     if pool is None or offered is None:
         return Cost(None, None, None, None)
-    flops = offered.num_tokens * _training_flops_per_token(config, proxy=True) * _FORWARD
+    flops = offered.num_tokens * _training_flops_per_token(config, proxy=True) * _FORWARD if by_model else 0.0
     return Cost(offered.num_sequences, offered.num_tokens, flops, pool.num_sequences * _SCORE_BYTES)
 
 
@@ -337,7 +347,7 @@ def _notes(config: RunConfig, run_dir: Path, pool: PoolSize | None) -> list[str]
     for arm in arms(config, run_dir):
         trained = arm.config.round_steps * config.target.global_batch_size * config.data.sequence_length
         if offered := _offered(arm.config, pool):
-            kept = offered.part(arm.config.selection.share(offered.num_tokens)).num_tokens
+            kept = offered.part(arm.method.settings(arm.config.selection).share(offered.num_tokens)).num_tokens
             lines.append(
                 f"{arm.name}: a round trains on {quantity(trained)} tokens, {trained / max(kept, 1):.2f} times the "
                 f"{quantity(kept)} that are selected for it"

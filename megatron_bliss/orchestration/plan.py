@@ -84,7 +84,7 @@ def plan(config: RunConfig, run_dir: Path) -> list[Stage]:
     """All stages, each after those it needs."""
     main, *controls = arms(config, run_dir)
     stages = [_inventory(main)]
-    with_proxy = [arm for arm in (main, *controls) if arm.method.scored_by != "none"]
+    with_proxy = [arm for arm in (main, *controls) if arm.method.needs_proxy]
     if config.warmup.start_from is None:
         stages += _warmup(main)
         if any(not arm.config.warmup.own_proxy for arm in with_proxy):
@@ -178,7 +178,20 @@ def _round(arm: Arm, number: int, earlier: set[str]) -> list[Stage]:
     after_target = [arm.stage_name("pretrain", number - 1) if number > 1 else "warmup-target"]
     after_model, model = [warmup_proxy], proxy
     stages = []
-    if method.learns:
+    if method.learns == "ngrams":
+        model, after_model = paths.ngrams(number), [arm.stage_name("ngrams", number)]
+        stages.append(
+            _stage(
+                arm,
+                "ngrams",
+                needs=[inventory],
+                inputs=[inventory_file],
+                output=model / "manifest.json",
+                round_number=number,
+                distributed=False,
+            )
+        )
+    if method.learns == "bilevel":
         needs, inputs = [inventory, warmup_proxy, *after_target], [inventory_file, proxy, *target]
         if arm.config.bilevel.uses_cached_target:
             cache = paths.target_cache(number)
@@ -197,7 +210,7 @@ def _round(arm: Arm, number: int, earlier: set[str]) -> list[Stage]:
         stages.append(_stage(arm, "score", needs=needs, inputs=inputs, output=scores, round_number=number))
         select_needs.append(arm.stage_name("score", number))
         select_inputs.append(scores)
-    if arm.config.selection.pool == "all":  # what those before have taken is left out
+    if arm.config.selection.pool == "all" and not method.takes_all:  # what those before have taken is left out
         select_needs.append(arm.stage_name("select", number - 1) if number > 1 else "warmup-select")
         select_inputs += [arm.warmup.warmup_selection, *map(paths.selection, range(1, number))]
     selection, trained = paths.selection(number), arm.target_checkpoint(number)

@@ -1,4 +1,4 @@
-"""`score`: every sequence of the round's slice gets a score, from the score model or from the proxy's loss.
+"""`score`: every sequence of the round's slice gets a score, from the score model, the proxy's loss or its n-grams.
 
 Several jobs may score the same slice side by side, each on ranks of its own: they share the work chunk by chunk through
 the directory of the scores. A job that finds nothing left to do waits until the others are done, so that its end means
@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from megatron_bliss.data.scores import Chunk, ScoreWriter, chunk_of
 from megatron_bliss.data.shards import Shard, ShardRecord, verify_shard
 from megatron_bliss.data.slices import Slicing
 from megatron_bliss.errors import UserError
-from megatron_bliss.mcore import checkpoint_files, checkpoints, parallel
+from megatron_bliss.mcore import checkpoints, parallel
 from megatron_bliss.mcore.models import build_language_model
 from megatron_bliss.mcore.parallel import ParallelContext, agreed
 from megatron_bliss.mcore.score_model import build_score_model
@@ -30,8 +31,11 @@ from megatron_bliss.methods import offline_method
 from megatron_bliss.methods.offline import OfflineMethod
 from megatron_bliss.progress import Progress
 from megatron_bliss.stages.inventory import run_inventory
+from megatron_bliss.stages.ngrams import FittedNgrams
 from megatron_bliss.stages.select import tokenizer_facts
-from megatron_bliss.stages.warmup_proxy import proxy_directory
+from megatron_bliss.stages.sources import find_model, model_directory
+
+OnProgress = Callable[[int, int], None]
 
 _POLL_INTERVAL = 5.0  # seconds, at most, between two looks at what the other jobs do
 _WAIT, _DONE = -1, -2  # in place of a shard's index
@@ -44,13 +48,23 @@ def run(run_dir: Path, round_number: int) -> None:
     """
     paths = RunPaths(Path(run_dir))
     config = read_saved_config(paths.config)
-    context = parallel.initialize(config.proxy.tensor_parallel, config.proxy.sequence_parallel, config.seed)
+    context = initialize(config)
     with agreed(context):
         checkpoint = score_checkpoint(paths, config, round_number)
         inventory = run_inventory(paths.root, config)
         wanted = SliceIds(Slicing.of(config, inventory), round_number)
         work = ScoringWork(paths.scores(round_number), inventory.pool, wanted, checkpoint, config)
     score(work, context)
+
+
+def initialize(config: RunConfig) -> ParallelContext:
+    """Join the job, at the proxy's layout; n-grams know of data-parallel ranks only.
+
+    :raises UserError: if the number of processes does not fit.
+    """
+    if offline_method(config).scored_by == "ngrams":
+        return parallel.initialize(1, False, config.seed)
+    return parallel.initialize(config.proxy.tensor_parallel, config.proxy.sequence_parallel, config.seed)
 
 
 def score_checkpoint(paths: RunPaths, config: RunConfig, round_number: int) -> Path:
@@ -61,8 +75,7 @@ def score_checkpoint(paths: RunPaths, config: RunConfig, round_number: int) -> P
     method = offline_method(config)
     if method.scored_by == "none":
         raise UserError(f"method {method.name!r} scores nothing with a model; go on with the select stage")
-    learned = method.scored_by == "score_model"
-    return checkpoint_files.find(paths.bilevel(round_number) if learned else proxy_directory(paths, config))
+    return find_model(model_directory(paths, config, round_number))
 
 
 class SliceIds(Mapping[str, np.ndarray]):
@@ -89,7 +102,7 @@ class ScoringWork:
     directory: Path
     records: list[ShardRecord]
     wanted: Mapping[str, np.ndarray]  # ids by shard name, int32 ascending
-    checkpoint: Path  # as `checkpoint_files.find` gives it
+    checkpoint: Path  # as `sources.find_model` gives it
     config: RunConfig  # its method, proxy, tokenizer, sequence length, seed and `scoring`
     replace: bool = True  # finished scores of another purpose are thrown away
 
@@ -133,7 +146,56 @@ def score(work: ScoringWork, context: ParallelContext) -> None:
         if writer:
             print(f"[score] done: {writer.num_wanted} sequences, all scored before", flush=True)
         return
-    score_chunks(work, shards, writer, load_measure(work, context), context)
+    score_chunks(work, shards, writer, load_scorer(work, context), context)
+
+
+class Scorer(Protocol):
+    def __call__(self, shard: Shard, ids: np.ndarray, on_progress: OnProgress | None) -> np.ndarray:
+        """Scores as the method's `from_output` takes them, float32 [n], the same on all ranks. All ranks call it.
+
+        :param on_progress: called now and then with the tokens done on all ranks, about, without and with padding.
+        """
+        ...
+
+
+def load_scorer(work: ScoringWork, context: ParallelContext) -> Scorer:
+    """What scores sequences, by the checkpoint's model or n-grams."""
+    if work.method.scored_by == "ngrams":
+        return NgramScorer(FittedNgrams(work.checkpoint, work.config), context)
+    return model_scorer(work.config, load_measure(work, context), context)
+
+
+def model_scorer(config: RunConfig, measure: Measure, context: ParallelContext) -> Scorer:
+    """Means of what a model says of a sequence."""
+    forward = Pass(context, config.data.sequence_length, config.scoring.batch_tokens)
+
+    def score(shard: Shard, ids: np.ndarray, on_progress: OnProgress | None) -> np.ndarray:
+        return means(forward.totals(measure, ShardSequences([(shard, ids)]), on_progress))
+
+    return score
+
+
+class NgramScorer:
+    """Sums of the log-ratio over a sequence's n-grams; data-parallel ranks share the sequences."""
+
+    def __init__(self, fitted: FittedNgrams, context: ParallelContext) -> None:
+        self._fitted, self._context = fitted, context
+
+    def __call__(self, shard: Shard, ids: np.ndarray, on_progress: OnProgress | None) -> np.ndarray:
+        rank, ranks = self._context.dp_rank, self._context.dp_size
+        first, last = len(ids) * rank // ranks, len(ids) * (rank + 1) // ranks
+        found, done = np.zeros(len(ids)), 0
+        with agreed(self._context):
+            for part, num_tokens in self._fitted.sums(shard, ids[first:last]):
+                found[first:last] += part
+                done += num_tokens * ranks
+                if on_progress is not None:
+                    on_progress(done, done)
+        if ranks > 1:
+            everything = torch.from_numpy(found).to(self._context.device)
+            dist.all_reduce(everything, group=self._context.dp_group)
+            found = everything.cpu().numpy()
+        return found.astype(np.float32)
 
 
 def load_measure(work: ScoringWork, context: ParallelContext) -> Measure:
@@ -150,7 +212,7 @@ def load_measure(work: ScoringWork, context: ParallelContext) -> Measure:
 
 
 def score_chunks(
-    work: ScoringWork, shards: list[Shard], writer: ScoreWriter | None, measure: Measure, context: ParallelContext
+    work: ScoringWork, shards: list[Shard], writer: ScoreWriter | None, scorer: Scorer, context: ParallelContext
 ) -> None:
     """Claim chunks and score them until all are done, by whichever job. All ranks of the job call it.
 
@@ -158,7 +220,6 @@ def score_chunks(
     :param writer: on the job's first rank, None on the others.
     """
     scoring = work.config.scoring
-    forward = Pass(context, work.config.data.sequence_length, scoring.batch_tokens)
     report = _Report(writer) if writer else None
     while True:
         order = [0, 0]
@@ -176,7 +237,7 @@ def score_chunks(
         record = work.records[index]
         chunk = chunk_of(record, work.wanted[record.name], number, scoring.chunk_sequences)
         try:
-            _score_chunk(chunk, shards[index], work.method, forward, measure, report)
+            _score_chunk(chunk, shards[index], work.method, scorer, context, report)
         finally:
             if writer:
                 writer.give_back(chunk)  # one that was written has been given back already
@@ -201,16 +262,21 @@ def _broadcast(context: ParallelContext, numbers: list[int]) -> list[int]:
 
 
 def _score_chunk(
-    chunk: Chunk, shard: Shard, method: OfflineMethod, forward: Pass, measure: Measure, report: "_Report | None"
+    chunk: Chunk,
+    shard: Shard,
+    method: OfflineMethod,
+    scorer: Scorer,
+    context: ParallelContext,
+    report: "_Report | None",
 ) -> None:
-    sequences = ShardSequences([(shard, chunk.ids)])
-    on_progress = report.begin(chunk, sequences.lengths) if report else None
-    scores = method.from_output(means(forward.totals(measure, sequences, on_progress)))
-    scores = lowest_where_nothing_is_predicted(scores, sequences.lengths)
-    with agreed(forward.context):
+    lengths = shard.sequence_lengths[chunk.ids]
+    on_progress = report.begin(chunk, lengths) if report else None
+    scores = method.from_output(scorer(shard, chunk.ids, on_progress))
+    scores = lowest_where_nothing_is_predicted(scores, lengths)
+    with agreed(context):
         if report:
             report.writer.write(chunk, scores)
-            report.end(sequences.lengths)
+            report.end(lengths)
 
 
 def lowest_where_nothing_is_predicted(scores: np.ndarray, lengths: np.ndarray) -> np.ndarray:

@@ -13,11 +13,11 @@ from megatron_bliss.artifacts import RunPaths, read_json, write_json
 from megatron_bliss.config import RunConfig, load_config
 from megatron_bliss.data.shards import Shard, ShardRecord, take_inventory
 from megatron_bliss.errors import UserError
-from megatron_bliss.mcore import checkpoint_files, parallel
 from megatron_bliss.mcore.parallel import agreed
 from megatron_bliss.methods import offline_method
 from megatron_bliss.stages.inventory import check_token_ids
-from megatron_bliss.stages.score import ScoringWork, score, score_checkpoint
+from megatron_bliss.stages.score import ScoringWork, initialize, score, score_checkpoint
+from megatron_bliss.stages.sources import find_model
 
 
 def of_run(run_dir: Path, round_number: int, overrides: list[str]) -> tuple[RunConfig, Path]:
@@ -36,7 +36,7 @@ def of_checkpoint(checkpoint: Path, settings: Path | None, overrides: list[str])
     :param settings: a run's YAML; None: the run.yaml of the run that the checkpoint lies in.
     :raises UserError: if there is no checkpoint, or there are no settings for it.
     """
-    found = checkpoint_files.find(checkpoint)
+    found = find_model(checkpoint)
     if settings is None:
         settings = next((run / "run.yaml" for run in found.absolute().parents if (run / "run.yaml").is_file()), None)
     if settings is None:
@@ -67,7 +67,7 @@ def run(prefixes: list[str], config: RunConfig, checkpoint: Path, out: Path) -> 
 
     :raises UserError: for a bad or changed shard, or a directory that holds other scores or cannot be written.
     """
-    context = parallel.initialize(config.proxy.tensor_parallel, config.proxy.sequence_parallel, config.seed)
+    context = initialize(config)
     listing = out / "shards.json"
     with agreed(context):
         if context.is_first and not listing.exists():

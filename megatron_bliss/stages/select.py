@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_bliss.artifacts import RunPaths, digest_file, digest_tree
-from megatron_bliss.config import RunConfig, SelectionConfig, TokenizerConfig, proxy_run, read_saved_config, warmup_run
+from megatron_bliss.config import RunConfig, SelectionConfig, TokenizerConfig, read_saved_config, warmup_run
 from megatron_bliss.data.inventory import Inventory
 from megatron_bliss.data.ledger import Ledger
 from megatron_bliss.data.scores import ScoreFiles
@@ -17,12 +17,12 @@ from megatron_bliss.data.seeds import derive
 from megatron_bliss.data.selection import Counts, Selection
 from megatron_bliss.data.slices import Slicing
 from megatron_bliss.errors import UserError
-from megatron_bliss.mcore import checkpoint_files
 from megatron_bliss.methods import offline_method
 from megatron_bliss.methods.offline import OfflineMethod
 from megatron_bliss.methods.random import Random
 from megatron_bliss.stages.choice import Choice, Chosen, choose
 from megatron_bliss.stages.inventory import run_inventory
+from megatron_bliss.stages.sources import find_model, is_model, model_directory
 
 _WIDTH = 120  # where there is no terminal
 
@@ -64,15 +64,13 @@ def round_choice(paths: RunPaths, config: RunConfig, round_number: int | None) -
     seed = selection_seed(config, paths, round_number)
     slicing, number = Slicing.of(config, inventory), round_number or 0
     method: OfflineMethod = Random() if round_number is None else offline_method(config)
-    settings = warmup_settings(config) if round_number is None else config.selection
+    settings = warmup_settings(config) if round_number is None else method.settings(config.selection)
     files = None
-    if method.scored_by == "none":
-        settings = replace(settings, temperature=0.0)  # a random draw is one already
-    else:
+    if method.scored_by != "none":
         files = ScoreFiles(paths.scores(number))
         _check_scores(files, method, config)
-        _check_model(files, paths.bilevel(number) if method.learns else proxy_run(config, paths).warmup_proxy)
-    ledger = _ledger(paths, config, number)
+        _check_model(files, model_directory(paths, config, number))
+    ledger = Ledger() if method.takes_all else _ledger(paths, config, number)
     return Choice(
         stage="warmup-select" if round_number is None else "select",
         records=inventory.pool,
@@ -113,11 +111,9 @@ def _check_scores(files: ScoreFiles, method: OfflineMethod, config: RunConfig) -
 
 
 def _check_model(files: ScoreFiles, directory: Path) -> None:
-    """Scores are those of the checkpoint that is there now; where there is none, they come from elsewhere."""
-    if checkpoint_files.read_iteration(directory) is None:
-        return
-    if files.model_digest != digest_tree(checkpoint := checkpoint_files.find(directory)):
-        raise UserError(f"{files.directory} holds scores of another model than {checkpoint}; run the score stage again")
+    """Scores are those of the model that is there now; where there is none, they come from elsewhere."""
+    if is_model(directory) and files.model_digest != digest_tree(model := find_model(directory)):
+        raise UserError(f"{files.directory} holds scores of another model than {model}; run the score stage again")
 
 
 def warmup_settings(config: RunConfig) -> SelectionConfig:

@@ -1,4 +1,5 @@
-"""What a stage's checkpoints were made from, so that they are continued only while that is the same.
+"""What a stage's checkpoints were made from, so that they are continued only while that is the same; and which model
+a round's scores are made by.
 
 `sources.json` lies with the checkpoints and is written before the first of them.
 """
@@ -8,10 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_bliss.artifacts import RunPaths, read_json, write_json
-from megatron_bliss.config import RunConfig, warmup_run
+from megatron_bliss.config import RunConfig, proxy_run, warmup_run
 from megatron_bliss.errors import UserError
 from megatron_bliss.mcore import checkpoint_files
 from megatron_bliss.mcore.checkpoint_files import read_iteration
+from megatron_bliss.methods import offline_method
 
 
 def resume(stage: str, directory: Path, sources: Mapping[str, str], is_first: bool) -> int | None:
@@ -42,6 +44,29 @@ def target_checkpoint(paths: RunPaths, config: RunConfig, round_number: int) -> 
     if round_number > 1:
         return checkpoint_files.iteration_path(paths.target, config.round_end(round_number - 1))
     return checkpoint_files.iteration_path(warmup_run(config, paths).warmup_target, config.round_end(0))
+
+
+def model_directory(paths: RunPaths, config: RunConfig, round_number: int) -> Path:
+    """Where what a round's scores are made by lies."""
+    learns = offline_method(config).learns
+    if learns == "bilevel":
+        return paths.bilevel(round_number)
+    if learns == "ngrams":
+        return paths.ngrams(round_number)
+    return proxy_run(config, paths).warmup_proxy
+
+
+def is_model(directory: Path) -> bool:
+    """Whether there is one, complete: a checkpoint, or fitted n-grams."""
+    return (directory / "manifest.json").is_file() or read_iteration(directory) is not None
+
+
+def find_model(directory: Path) -> Path:
+    """The directory whose files are the model, to be digested.
+
+    :raises UserError: if there is none.
+    """
+    return directory if (directory / "manifest.json").is_file() else checkpoint_files.find(directory)
 
 
 def _read(path: Path) -> dict[str, str]:

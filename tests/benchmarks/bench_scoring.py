@@ -98,7 +98,7 @@ def rank_seconds(rank: int, folder: str, sequence_length: int) -> dict[str, Any]
 
     def scorer() -> None:
         with contextlib.redirect_stdout(io.StringIO()):
-            score.score_chunks(work, [shard], writer, measure, context)
+            score.score_chunks(work, [shard], writer, score.model_scorer(config, measure, context), context)
 
     @torch.no_grad()
     def plain_loop() -> None:
