@@ -102,6 +102,10 @@ class RunPaths:
     def online(self, number: int) -> Path:
         return self.round(number) / "online"
 
+    def training_metrics(self, number: int) -> Path:
+        """The LLM's loss by domain while it trains; 0 is the warm-up."""
+        return (self.round(number) if number else self.root / "warmup") / "pretrain" / "metrics.jsonl"
+
     def evaluation(self, number: int) -> Path:
         return self.round(number) / "evaluation"
 

@@ -4,6 +4,8 @@
 
 With --online METHOD the tokens of every step are selected too (README: online token selection).
 Without --selection the script reads all of its data; on a machine without a GPU it runs on the CPU either way.
+With --metrics FILE the loss by domain is noted as often as Megatron logs, and in its TensorBoard where that is on;
+without --selection every shard is a domain.
 With --prepare-only, in one process, it only builds the index files that the training will look for.
 """
 
@@ -37,6 +39,12 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--prepare-only", action="store_true", help="build the data's index files in --data-cache-path, and stop"
     )
+    parser.add_argument(
+        "--metrics",
+        type=Path,
+        metavar="FILE",
+        help="a metrics.jsonl for the loss by domain",
+    )
     parser.add_argument("script", type=Path, metavar="SCRIPT")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGS")
     given = parser.parse_args(arguments)
@@ -45,11 +53,28 @@ def main(arguments: Sequence[str]) -> None:
         print(f"{len(built)} index files are in {built[0].parent}", flush=True)
         return
     if not given.verify:
-        run_script(given.script, given.arguments, given.selection, _online(given))
+        run_script(given.script, given.arguments, given.selection, _before(given))
         return
     if given.selection is None:
         raise UserError("--verify needs --selection DIR, the selection to be looked at")
     print(_description(Selection.open(given.selection)))
+
+
+def _before(given: argparse.Namespace) -> Callable[[], None]:
+    """What is put between the script and Megatron."""
+    online, metrics, selection = _online(given), given.metrics, given.selection
+
+    def install() -> None:
+        # first, as it is then called last: it sees the tokens that were chosen, and no pass of the reference
+        if metrics is not None:
+            from megatron_bliss.mcore import domain_loss
+
+            name_of = Selection.open(selection, in_full=False).domain if selection else lambda prefix: Path(prefix).name
+            domain_loss.install(metrics, name_of)
+        if online is not None:
+            online()
+
+    return install
 
 
 def _online(given: argparse.Namespace) -> Callable[[], None] | None:
@@ -64,6 +89,8 @@ def _online(given: argparse.Namespace) -> Callable[[], None] | None:
     from megatron_bliss.methods import online_method
 
     config = load_online_config(given.online, given.set)
+    if given.metrics and config.scope == "global-batch":
+        raise UserError("--metrics cannot tell domains apart with scope=global-batch; leave out one of the two")
     method = online_method(config)
     assert method is not None
     return partial(install, OnlineJob(config, method, given.validation))

@@ -57,7 +57,7 @@ class DsirConfig:
     it grows with the length. `selection.temperature: 1` draws as the paper does, 0 keeps the best.
     """
 
-    features: str = "words"  # words of the text, as the authors' package takes them | tokens: of ids, 20 times faster
+    features: str = "words"  # words of the text, as the authors' package takes them | tokens: of ids, much faster
     ngrams: int = 2  # units of the longest n-gram
     num_buckets: int = 10_000  # that n-grams are hashed to
     fit_tokens: int = 1_000_000_000  # of the slice that q is fitted to, at most, about

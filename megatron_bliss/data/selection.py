@@ -256,6 +256,10 @@ class Selection:
         """Ids of a shard's kept sequences: int32 [num kept], ascending."""
         return self.shard(prefix).ids
 
+    def domain(self, prefix: str | Path) -> str:
+        """Of a shard."""
+        return self.shard(prefix).record.domain
+
     @property
     def blend(self) -> list[tuple[float, str]]:
         """(weight, prefix) of every shard of which something is kept; the weights sum to 1."""

@@ -7,7 +7,6 @@ of its last iteration is there. One that was killed goes on from the newest chec
 import json
 import os
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +44,10 @@ def run(run_dir: Path, round_number: int) -> None:
     load = save if resumed is not None else start if config.warmup.target_steps else None
     files = Files(_data_file(save), paths.index_cache, save, load)
     online = _online(config, paths.online(round_number) / "metrics.jsonl") if round_number else None
-    _train(config, selection, files, training_arguments(config, files), end, online)
+    # a step that chooses among its whole global batch reads it at once, so its micro-batches cannot be told apart
+    looks_ahead = online is not None and config.online.scope == "global-batch"
+    metrics = None if looks_ahead else paths.training_metrics(round_number)
+    _train(config, selection, files, training_arguments(config, files), end, online, metrics)
 
 
 def line_and_selection(paths: RunPaths, round_number: int) -> tuple[Path, Path]:
@@ -125,14 +127,30 @@ def _online(config: RunConfig, metrics: Path | None = None) -> OnlineJob | None:
 
 
 def _train(
-    config: RunConfig, selection: Path, files: Files, arguments: Sequence[str], end: int, online: OnlineJob | None
+    config: RunConfig,
+    selection: Path,
+    files: Files,
+    arguments: Sequence[str],
+    end: int,
+    online: OnlineJob | None,
+    metrics: Path | None = None,
 ) -> None:
+    """:param metrics: where the loss by domain is noted, of the tokens that carry loss; None: nowhere."""
+
+    def before() -> None:
+        # first, as it is then called last: it sees the tokens that were chosen, and no pass of the reference
+        if metrics is not None:
+            from megatron_bliss.mcore import domain_loss
+
+            domain_loss.install(metrics, Selection.open(selection, in_full=False).domain)
+        if online is not None:
+            install_online(online)
+
     if _is_first():
         write_blends(files.data, selection, config)
         mend_latest(files.save)
         _mend_index_cache(files.index_cache)
     try:
-        before = None if online is None else partial(install_online, online)
         run_script(Path(config.target.script or PACKAGED_SCRIPT), arguments, selection, before)
     except SystemExit as ended:  # how Megatron ends at a transition
         if ended.code:
