@@ -29,7 +29,7 @@ _UNKNOWN = {  # in place of a corpus that is not made yet
     "pool": [{"name": "demo", "prefixes": ["corpus"]}],
     "validation": "corpus/validation",
     "test": "corpus/test",
-    "tokenizer": {"vocab_size": _CORPUS_VOCAB_SIZE},
+    "tokenizer": {"model": "corpus/tokenizer.model", "vocab_size": _CORPUS_VOCAB_SIZE},
 }
 
 
