@@ -117,6 +117,25 @@ def report(run_dir: RunArgument) -> None:
     typer.echo(run_dir / "report.html")
 
 
+@app.command()
+def doctor(
+    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="Settings of a run, YAML.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that win over CONFIG's.")
+    ] = None,
+    run_dir: Annotated[
+        Path | None, typer.Option("--run", help="Directory of the run; its settings are taken without CONFIG.")
+    ] = None,
+    full: Annotated[bool, typer.Option("--full", help="Look at all tokens of all shards, not at samples.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """What is installed and works here, what each gap costs and what closes it; exit code 2 if CONFIG cannot run."""
+    from megatron_bliss.doctor import examination
+
+    if not examination.show(config, overrides or [], run_dir, full, as_json):
+        raise typer.Exit(2)
+
+
 @app.command(rich_help_panel=_LOOK)
 def explain(
     name: Annotated[str, typer.Argument(metavar="SHARD:ID", help="A shard's name or prefix, and a sequence of it.")],

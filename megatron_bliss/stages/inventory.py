@@ -3,11 +3,10 @@
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 from megatron_bliss.artifacts import RunPaths
 from megatron_bliss.config import RunConfig, read_saved_config
 from megatron_bliss.data.inventory import Inventory
+from megatron_bliss.data.shard_checks import beyond_vocabulary
 from megatron_bliss.data.shards import Shard, ShardRecord, take_inventory, verify_shard
 from megatron_bliss.data.validation import mask_digest, verify_mask
 from megatron_bliss.errors import UserError
@@ -88,11 +87,9 @@ def _check_dtype(records: list[ShardRecord]) -> None:
 
 def check_token_ids(record: ShardRecord, vocab_size: int) -> None:
     """:raises UserError: if a token id of some sequences, evenly spaced, is beyond the vocabulary."""
-    shard = Shard(record.prefix)
-    for sequence_id in np.unique(np.linspace(0, len(shard) - 1, _SAMPLED_SEQUENCES, dtype=np.int64)):
-        tokens = shard[sequence_id]
-        if len(tokens) and not 0 <= (worst := tokens.max() if tokens.min() >= 0 else tokens.min()) < vocab_size:
-            raise UserError(
-                f"sequence {sequence_id} of shard {record.prefix} has token id {worst}, but "
-                f"data.tokenizer.vocab_size is {vocab_size}; give the size of the tokenizer the shard was made with"
-            )
+    found = beyond_vocabulary(Shard(record.prefix), vocab_size, _SAMPLED_SEQUENCES)
+    if found:
+        raise UserError(
+            f"sequence {found[0]} of shard {record.prefix} has token id {found[1]}, but "
+            f"data.tokenizer.vocab_size is {vocab_size}; give the size of the tokenizer the shard was made with"
+        )
