@@ -34,7 +34,10 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of --online (config/online.py)"
     )
-    parser.add_argument("--validation", metavar="PREFIX", help="validation set that blade's reference is trained on")
+    parser.add_argument(
+        "--validation", action="append", default=[], metavar="PREFIX",
+        help="validation set that blade's reference is trained on; given several times: sets with equal shares",
+    )  # fmt: skip
     parser.add_argument("--verify", action="store_true", help="print what would be read, and stop")
     parser.add_argument(
         "--prepare-only", action="store_true", help="build the data's index files in --data-cache-path, and stop"
@@ -93,7 +96,7 @@ def _online(given: argparse.Namespace) -> Callable[[], None] | None:
         raise UserError("--metrics cannot tell domains apart with scope=global-batch; leave out one of the two")
     method = online_method(config)
     assert method is not None
-    return partial(install, OnlineJob(config, method, given.validation))
+    return partial(install, OnlineJob(config, method, [(1 / len(given.validation), p) for p in given.validation]))
 
 
 def _description(selection: Selection) -> str:

@@ -25,6 +25,7 @@ _CHOICES = {
     "bilevel.solver": ("averaged", "conjugate-gradient", "paper"),
     "perplexity.keep": ("low", "middle", "high"),
     "dsir.features": ("words", "tokens"),
+    "data.validation_weighting": ("given", "uniform", "worst-case"),
 }
 _ONLINE_CHOICES = {
     "method": ("none", "blade", "rho1", "self"),
@@ -79,6 +80,7 @@ _RULES: tuple[_Rule, ...] = (
     (_NOT_NEGATIVE, lambda value: value >= 0, "must not be below 0"),
     (("warmup.fraction",), lambda value: 0 < value <= 1, "must be above 0 and at most 1"),
     (("bilevel.gradient_average",), lambda value: 0 <= value < 1, "must be at least 0 and below 1"),
+    (("data.validation_rate",), lambda value: 0 < value < math.inf, "must be above 0"),
 )
 
 
@@ -120,6 +122,7 @@ def check(settings: Any) -> None:
             f"{vocab_size}"
         )
     _check_pool(settings.data.pool)
+    _check_validation(settings.data)
     _check_controls(settings)
     check_selection(settings.selection, [domain.name for domain in settings.data.pool])
     check_online(settings.online)
@@ -271,6 +274,29 @@ def _check_pool(pool: Any) -> None:
             raise UserError(f"data.pool: domain {domain.name!r} has weight {domain.weight}; it must be above 0")
     if len({domain.weight is None for domain in pool}) > 1:
         raise UserError("data.pool gives a weight to some domains only; weigh all of them or none")
+
+
+def _check_validation(data: Any) -> None:
+    if (data.validation is None) == (not data.validation_sets):
+        given = "nothing" if data.validation is None else "data.validation and data.validation_sets"
+        raise UserError(
+            f"{given} says what the selection is to help; give data.validation=PREFIX, or data.validation_sets with a "
+            "name, prefix and weight for each of several"
+        )
+    for name, one in data.validation_sets.items():
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
+            raise UserError(
+                f"data.validation_sets names a set {name!r}; a name is of letters, digits, _ . - and begins with one "
+                "of the first two"
+            )
+        if not 0 < one.weight < math.inf:
+            raise UserError(f"data.validation_sets: set {name!r} has weight {one.weight}; it must be above 0")
+    weights = {one.weight for one in data.validation_sets.values()}
+    if data.validation_weighting == "uniform" and len(weights) > 1:
+        raise UserError(
+            "data.validation_weighting is 'uniform' and data.validation_sets has weights; leave them out, or set "
+            "data.validation_weighting=given"
+        )
 
 
 def _check_controls(settings: Any) -> None:

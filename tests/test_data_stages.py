@@ -75,22 +75,24 @@ def test_inventory_lists_pool_validation_and_test(tmp_path: Path) -> None:
 def test_a_rewritten_mask_is_noticed(tmp_path: Path) -> None:
     run_dir = start(tmp_path / "run")
     plain = Inventory.read(RunPaths(run_dir).inventory)
-    mask = Path(f"{plain.validation.prefix}.mask")
-    values = np.ones(plain.validation.num_tokens, dtype=np.uint8)
+    mask = Path(f"{plain.validation['validation'].prefix}.mask")
+    values = np.ones(plain.validation["validation"].num_tokens, dtype=np.uint8)
     with open(mask, "wb") as stream:
         np.save(stream, values)
-    for use in (lambda: inventory_stage.run(run_dir), lambda: ValidationSet.of(plain.validation)):
+    for use in (lambda: inventory_stage.run(run_dir), lambda: ValidationSet.of(plain.validation["validation"])):
         with pytest.raises(UserError, match=r"\.mask is not what this run was started with"):
             use()
     masked = inventory_stage.collect(read_saved_config(RunPaths(run_dir).config))
     assert masked.digest != plain.digest
-    assert masked.validation.digest == plain.validation.digest  # still the same data, if it were in the pool too
-    assert len(ValidationSet.of(masked.validation)) == 20
+    assert (
+        masked.validation["validation"].digest == plain.validation["validation"].digest
+    )  # still the same data, if it were in the pool too
+    assert len(ValidationSet.of(masked.validation["validation"])) == 20
     values[0] = 0
     with open(mask, "wb") as stream:
         np.save(stream, values)
     with pytest.raises(UserError, match="start a new run directory"):
-        ValidationSet.of(masked.validation)
+        ValidationSet.of(masked.validation["validation"])
     assert mask in plan(read_saved_config(RunPaths(run_dir).config), run_dir)[0].inputs
 
 

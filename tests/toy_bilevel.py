@@ -81,9 +81,9 @@ class ToyLower:
     def validation(self, batch: Samples) -> Tensor:
         return cross_entropy(self.model(batch.x), batch.y).sum() / batch.total
 
-    def add_validation_gradient(self, batch: Samples, gradient: Vector) -> Tensor:
+    def add_validation_gradient(self, batch: Samples, gradient: Vector, weight: Tensor | None = None) -> Tensor:
         value = self.validation(batch)
-        value.backward()
+        (value if weight is None else weight * value).backward()
         self.space.harvest_(gradient)
         return value.detach()
 

@@ -56,8 +56,13 @@ class LowerLevel[Batch](Protocol):
         """This micro-batch's Σ P_i L_i + γ KL with a graph that can be differentiated twice."""
         ...
 
-    def add_validation_gradient(self, batch: Batch, gradient: Vector) -> Tensor:
-        """Add this micro-batch's part of ∇f to `gradient`, not reduced; returns its summand of f, a scalar."""
+    def add_validation_gradient(self, batch: Batch, gradient: Vector, weight: Tensor | None = None) -> Tensor:
+        """Add this micro-batch's part of w ∇L to `gradient`, not reduced; returns its summand of L, a scalar.
+
+        L is the loss on the validation set that the micro-batch is of.
+
+        :param weight: w, a scalar; None for 1.
+        """
         ...
 
 

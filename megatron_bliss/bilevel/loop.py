@@ -1,6 +1,6 @@
 """The bilevel loop (arXiv 2510.06048, algorithm 1): one object that takes outer steps and can be stopped and resumed.
 
-An outer step sees a global batch of the pool and one of the validation set, and makes T AdamW steps on the proxy, an
+An outer step sees a global batch of the pool and one of each validation set, and makes T AdamW steps on the proxy, an
 update of z and one AdamW step on the score model.
 """
 
@@ -22,6 +22,7 @@ from megatron_bliss.bilevel.objective import (
     scores_from_logits,
 )
 from megatron_bliss.bilevel.optimizer import MOMENTS, Optimizer, lr_factor
+from megatron_bliss.bilevel.set_weights import SetWeights, Upper
 from megatron_bliss.bilevel.solvers import Solution, Solver
 from megatron_bliss.bilevel.space import Vector, group_sum_
 
@@ -42,7 +43,7 @@ class _Outcome(NamedTuple):
 
     losses: Tensor  # L_i, [local]
     kl: Tensor
-    value: Tensor  # f
+    upper: Upper
     derivatives: Tensor  # g_i, [local]
     solution: Solution
     norms: list[Tensor]  # of the proxy's gradients, before clipping
@@ -51,6 +52,7 @@ class _Outcome(NamedTuple):
 class BilevelLoop[Batch]:
     """:param lower: proxy, target and validation loss. :param upper: score model.
     :param proxy_optimizer: on the lower level's space. :param score_optimizer: on the upper level's.
+    :param set_weights: of the validation sets; None for one set.
     """
 
     def __init__(
@@ -62,16 +64,19 @@ class BilevelLoop[Batch]:
         settings: LoopSettings,
         proxy_optimizer: Optimizer,
         score_optimizer: Optimizer,
+        set_weights: SetWeights | None = None,
     ) -> None:
         self.lower, self.upper, self.curvature, self.solver, self.settings = lower, upper, curvature, solver, settings
         self.proxy_optimizer, self.score_optimizer = proxy_optimizer, score_optimizer
+        device = lower.space.masters[0].device
+        self.set_weights = set_weights or SetWeights({"validation": 1.0}, 0.0, device)
         self.steps_done = 0
 
-    def step(self, batches: Sequence[Batch], validation: Sequence[Batch]) -> dict[str, float]:
+    def step(self, batches: Sequence[Batch], *validation: Sequence[Batch]) -> dict[str, float]:
         """One outer step.
 
         :param batches: this rank's micro-batches of the pool.
-        :param validation: this rank's micro-batches of the validation set.
+        :param validation: this rank's micro-batches of each validation set.
         :returns: metrics, equal on all ranks but for rounding.
         """
         factor = lr_factor(self.steps_done, self.settings.outer_steps, self.settings.lr_warmup_fraction)
@@ -93,32 +98,34 @@ class BilevelLoop[Batch]:
     def _dp_group(self) -> Any:
         return self.lower.space.dp_group
 
-    def _simultaneous(self, pool: Pool[Batch], validation: Sequence[Batch], factor: float) -> _Outcome:
+    def _simultaneous(self, pool: Pool[Batch], validation: Sequence[Sequence[Batch]], factor: float) -> _Outcome:
         """All directions from one point and one z (SOBA, arXiv 2201.13409): the last inner step shares its gradient."""
         norms = [self.proxy_optimizer.step(pool.gradient()[0], factor) for _ in range(self.settings.inner_steps - 1)]
-        value = self._validation(validation)
+        upper = self._validation(validation)
         evaluation = self.curvature.evaluate(pool, self.solver.z)
         solution = self.solver.step(lambda v: self.curvature.product(pool, v), evaluation.product)
         norms.append(self.proxy_optimizer.step(evaluation.gradient, factor))
-        return _Outcome(evaluation.losses, evaluation.kl, value, evaluation.derivatives, solution, norms)
+        return _Outcome(evaluation.losses, evaluation.kl, upper, evaluation.derivatives, solution, norms)
 
-    def _sequential(self, pool: Pool[Batch], validation: Sequence[Batch], factor: float) -> _Outcome:
+    def _sequential(self, pool: Pool[Batch], validation: Sequence[Sequence[Batch]], factor: float) -> _Outcome:
         """Inner steps, then z at the point they reach, then g_i along it: the order of the paper."""
         norms = []
         for _ in range(self.settings.inner_steps):
             inner_gradient, losses, kl = pool.gradient()
             norms.append(self.proxy_optimizer.step(inner_gradient, factor))
-        value = self._validation(validation)
+        upper = self._validation(validation)
         solution = self.solver.step(lambda v: self.curvature.product(pool, v))
         derivatives = directional_derivatives(pool.level, pool.batches, self.solver.z)
-        return _Outcome(losses, kl, value, derivatives, solution, norms)
+        return _Outcome(losses, kl, upper, derivatives, solution, norms)
 
-    def _validation(self, batches: Sequence[Batch]) -> Tensor:
-        """f over the global validation batch; its gradient goes to the solver."""
-        gradient = self.lower.space.accumulator()
-        value = torch.stack([self.lower.add_validation_gradient(batch, gradient) for batch in batches]).sum()
+    def _validation(self, sets: Sequence[Sequence[Batch]]) -> Upper:
+        """f over the global validation batches; its gradient goes to the solver."""
+        gradient, losses = self.lower.space.accumulator(), []
+        for batches, weight in zip(sets, self.set_weights.values, strict=True):
+            parts = [self.lower.add_validation_gradient(batch, gradient, weight) for batch in batches]
+            losses.append(torch.stack(parts).sum())
         self.solver.take_in(self.lower.space.reduce_gradients(gradient))
-        return group_sum_(value, self._dp_group)
+        return self.set_weights.take_in(group_sum_(torch.stack(losses), self._dp_group))
 
     def _metrics(self, logits: Tensor, weights: Tensor, outcome: _Outcome, score_norm: Tensor) -> dict[str, float]:
         losses, solution = outcome.losses, outcome.solution
@@ -130,7 +137,7 @@ class BilevelLoop[Batch]:
         figures = {
             "train_loss": loss / count,
             "weighted_loss": weighted / weight,
-            "validation_loss": outcome.value,
+            "validation_loss": outcome.upper.value,
             "kl": outcome.kl,
             "weight_entropy": entropy(weights, group),
             "z_norm": solution.norm,
@@ -140,6 +147,9 @@ class BilevelLoop[Batch]:
             "score_std": (squares / count - (total / count).square()).clamp_min(0).sqrt(),
             "score_gradient_norm": score_norm,
         }
+        if len(names := self.set_weights.names) > 1:
+            figures |= {f"validation_loss/{name}": outcome.upper.losses[i] for i, name in enumerate(names)}
+            figures |= {f"validation_weight/{name}": outcome.upper.weights[i] for i, name in enumerate(names)}
         numbers = torch.stack([figure.detach().double() for figure in figures.values()]).tolist()  # waits, once a step
         return dict(zip(figures, numbers, strict=True))
 
@@ -155,7 +165,11 @@ class BilevelLoop[Batch]:
         )
 
     def scalars(self) -> dict[str, Any]:
-        return {"steps_done": self.steps_done, "solver": self.solver.state_dict()["scalars"]}
+        return {
+            "steps_done": self.steps_done,
+            "solver": self.solver.state_dict()["scalars"],
+            "set_weights": self.set_weights.values.tolist(),
+        }
 
     @torch.no_grad()
     def load(self, lower: dict[str, Vector], upper: dict[str, Vector], scalars: dict[str, Any]) -> None:
@@ -168,3 +182,5 @@ class BilevelLoop[Batch]:
         )
         solver_vectors = {name: vector for name, vector in own.items() if name not in ("master", *MOMENTS)}
         self.solver.load_state_dict({"vectors": solver_vectors, "scalars": scalars["solver"]})
+        if "set_weights" in scalars:  # checkpoints of one set may be without
+            self.set_weights.load(scalars["set_weights"])

@@ -6,7 +6,7 @@ Sizes are in sequences, steps or tokens as each line says.
 
 from megatron_bliss.config.comparison import Comparison, load_comparison
 from megatron_bliss.config.controls import control_config
-from megatron_bliss.config.data import DataConfig, DomainConfig, TokenizerConfig
+from megatron_bliss.config.data import DataConfig, DomainConfig, TokenizerConfig, ValidationSetConfig
 from megatron_bliss.config.files import differences, load_config, load_online_config, read_saved_config, save_config
 from megatron_bliss.config.launch import LaunchConfig
 from megatron_bliss.config.methods import BILEVEL_PRESETS, BilevelConfig, DsirConfig, PerplexityConfig
@@ -35,6 +35,7 @@ __all__ = [
     "SelectionConfig",
     "TargetConfig",
     "TokenizerConfig",
+    "ValidationSetConfig",
     "WarmupConfig",
     "control_config",
     "differences",

@@ -14,12 +14,15 @@ from megatron_bliss.errors import UserError
 
 # What makes arms comparable: pool, target, schedule, seed, measure. All else decides on the data or on the loss.
 IN_COMMON = ("seed", "rounds", "round_steps", "data", "target", "warmup", "evaluation", "launch", "controls")
-_EXCEPT = ("data.validation", "warmup.proxy_steps", "warmup.proxy_batch_size", "warmup.proxy_lr")
+_EXCEPT = (
+    *("data.validation", "data.validation_sets", "data.validation_weighting", "data.validation_rate"),
+    *("warmup.proxy_steps", "warmup.proxy_batch_size", "warmup.proxy_lr"),
+)
 
 
 def merged(base: Any, given: Any) -> DictConfig:
-    """Given settings over others, with what they bring along: the numbers of a preset, and that a size of the selection
-    (`tokens`, `threshold`) takes the place of `fraction`.
+    """Given settings over others, with what they bring along: the numbers of a preset; that a size of the selection
+    (`tokens`, `threshold`) takes the place of `fraction`, one validation set that of several, and several that of one.
 
     :param base: a `RunConfig`, or the class for its defaults.
     :raises OmegaConfBaseException: for what is no setting, or a value of another type.
@@ -28,7 +31,12 @@ def merged(base: Any, given: Any) -> DictConfig:
     along = OmegaConf.create({"bilevel": BILEVEL_PRESETS.get(preset, {})})
     if any(OmegaConf.select(given, f"selection.{size}") is not None for size in ("tokens", "threshold")):
         along.selection = {"fraction": None}
-    found: DictConfig = OmegaConf.merge(OmegaConf.structured(base), along, given)  # type: ignore[assignment]
+    settings = OmegaConf.structured(base)
+    if OmegaConf.select(given, "data.validation") is not None:
+        settings.data.validation_sets = {}
+    if OmegaConf.select(given, "data.validation_sets"):
+        settings.data.validation = None
+    found: DictConfig = OmegaConf.merge(settings, along, given)  # type: ignore[assignment]
     return found
 
 

@@ -12,7 +12,7 @@ class BilevelConfig:
     outer_steps: int = 3000  # a round
     inner_steps: int = 1  # AdamW steps on the proxy in each outer step (T)
     batch_size: int = 32  # sequences of the pool in each step, over all data-parallel ranks
-    validation_batch_size: int = 32  # sequences of the validation set in each step
+    validation_batch_size: int = 32  # sequences of each validation set in each step
     micro_batch_size: int = 4  # sequences a forward pass
     lr_proxy: float = 1e-5
     lr_score: float = 1e-5

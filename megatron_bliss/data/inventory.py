@@ -1,4 +1,4 @@
-"""The shards of a run, as `inventory.json` keeps them: the pool, the validation set and the test set."""
+"""The shards of a run, as `inventory.json` keeps them: the pool, the validation sets and the test set."""
 
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -14,7 +14,7 @@ class Inventory:
     """Names are unique over the pool."""
 
     pool: list[ShardRecord]
-    validation: ShardRecord
+    validation: dict[str, ShardRecord]  # by the name of the set, see `DataConfig.validation_prefixes`
     test: ShardRecord | None
 
     @classmethod
@@ -22,27 +22,24 @@ class Inventory:
         """:raises UserError: if the file is missing or not an inventory."""
         content = read_json(path)
         test: dict[str, Any] | None = content["test"]
+        sets = content.get("validation_sets") or {"validation": content["validation"]}
         return cls(
             pool=[ShardRecord(**record) for record in content["shards"]],
-            validation=ShardRecord(**content["validation"]),
+            validation={name: ShardRecord(**record) for name, record in sets.items()},
             test=ShardRecord(**test) if test else None,
         )
 
     def write(self, path: Path) -> None:
-        write_json(
-            path,
-            {
-                "schema": 1,
-                "shards": [asdict(record) for record in self.pool],
-                "validation": asdict(self.validation),
-                "test": asdict(self.test) if self.test else None,
-            },
-        )
+        """Several validation sets are under `validation_sets`, one alone under `validation`."""
+        sets: dict[str, Any] = {name: asdict(record) for name, record in self.validation.items()}
+        content = {"schema": 1, "shards": [asdict(record) for record in self.pool]}
+        content |= sets if list(sets) == ["validation"] else {"validation_sets": sets}
+        write_json(path, content | {"test": asdict(self.test) if self.test else None})
 
     @property
     def records(self) -> list[ShardRecord]:
         """All of them: pool, validation, test."""
-        return [*self.pool, self.validation, *([self.test] if self.test else [])]
+        return [*self.pool, *self.validation.values(), *([self.test] if self.test else [])]
 
     @cached_property
     def digest(self) -> str:

@@ -42,16 +42,22 @@ class Files:
     load: Path | None = None  # a directory of checkpoints
 
 
-def split_blends(blend: Sequence[tuple[float, str]], validation: str) -> dict[str, list[str] | None]:
-    """The content of the file for --per-split-data-args-path: the training blend, and the validation shard.
+def split_blends(
+    blend: Sequence[tuple[float, str]], validation: Sequence[tuple[float, str]]
+) -> dict[str, list[str] | None]:
+    """The content of the file for --per-split-data-args-path: the training blend, and the validation shards.
 
-    :param blend: (weight, prefix) of each shard.
+    :param blend: (weight, prefix) of each shard. :param validation: the same.
     """
     return {
-        "train": [word for weight, prefix in blend for word in (repr(weight), prefix)],
-        "valid": [validation],
+        "train": _words(blend),
+        "valid": [validation[0][1]] if len(validation) == 1 else _words(validation),
         "test": None,
     }
+
+
+def _words(blend: Sequence[tuple[float, str]]) -> list[str]:
+    return [word for weight, prefix in blend for word in (repr(weight), prefix)]
 
 
 def training_arguments(config: RunConfig, files: Files) -> list[str]:

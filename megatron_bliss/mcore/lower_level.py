@@ -1,8 +1,8 @@
 """The two levels of the bilevel problem on Megatron models, tensor × data × sequence parallel.
 
 Conventions, the same for any number of ranks: L_i is the mean cross-entropy over the predicted tokens of sequence i,
-KL the mean over all predicted tokens of the global batch, f the mean over all predicted tokens of the global
-validation batch.
+KL the mean over all predicted tokens of the global batch, the loss on a validation set the mean over all predicted
+tokens of its global batch.
 """
 
 from collections.abc import Sequence
@@ -115,11 +115,13 @@ class MegatronLowerLevel:
             value = value + (kl_weights * divergence.plain(logits)).sum()
         return value
 
-    def add_validation_gradient(self, batch: MicroBatch, gradient: Vector) -> Tensor:
+    def add_validation_gradient(self, batch: MicroBatch, gradient: Vector, weight: Tensor | None = None) -> Tensor:
+        """See `LowerLevel`."""
         logits = models.logits(self.proxy, batch.batch)
-        weights = labelled(batch.batch.loss_mask, batch.batch) / batch.num_tokens
+        shares = labelled(batch.batch.loss_mask, batch.batch) / batch.num_tokens
+        weights = shares if weight is None else shares * weight.to(shares.dtype)
         cross_entropy, _ = self._backward(logits, batch, None, weights, None, gradient)
-        return (cross_entropy * weights).sum()
+        return (cross_entropy * shares).sum()
 
     def _weights(self, batch: MicroBatch, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Of each labelled token in G, for its cross-entropy and its KL: [n] each."""

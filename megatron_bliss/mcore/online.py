@@ -10,7 +10,7 @@ Layouts: tensor parallel (sequence parallel too), data parallel, the distributed
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -46,7 +46,7 @@ class OnlineJob:
 
     config: OnlineConfig
     method: OnlineMethod
-    validation: str | None  # prefix of the validation set, for methods that train their reference
+    validation: Sequence[tuple[float, str]]  # weight and prefix of each validation set that a reference is trained on
     metrics: Path | None = None  # metrics.jsonl; None: SAVE/online/metrics.jsonl, SAVE as in --save
     holds: bool = False  # the reference stays as the checkpoint has it: for a decay branch
 
@@ -84,7 +84,7 @@ def check_arguments(job: OnlineJob, args: Any) -> None:
             "the reference too: use --ckpt-format torch_dist"
         )
     if job.method.upkeep == "train":
-        if job.validation is None:
+        if not job.validation:
             raise UserError(
                 f"{job.method.name} trains its reference on a validation set: name its shard with --validation PREFIX"
             )

@@ -1,10 +1,10 @@
-"""What the reference of online selection is trained on: samples of the training data and of the validation set, drawn
-as a function of (seed, step), whatever the number of ranks. The training's own iterator is never touched.
+"""What the reference of online selection is trained on: samples of the training data and of validation sets, drawn as
+a function of (seed, step), whatever the number of ranks. The training's own iterator is never touched.
 
 Samples are as Megatron's data loader gives them, so that the script's own `forward_step` takes them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,19 +18,30 @@ from megatron_bliss.mcore.batches import cut_windows
 
 
 class ValidationSamples:
-    """A validation set as samples of `length` positions, padded; of a longer sequence one window.
+    """Validation sets as samples of `length` positions, padded; of a longer sequence one window.
+
+    Of several, each has its share of the samples: the smallest number of them in which every sequence is there at
+    least once.
+
+    :param sets: with their weights, which sum to 1.
 
     :param with_attention_mask: as --no-create-attention-mask-in-dataloader says.
     """
 
-    def __init__(self, validation: ValidationSet, length: int, with_attention_mask: bool, seed: int) -> None:
-        self._set, self._length, self._with_mask, self._seed = validation, length, with_attention_mask, seed
+    def __init__(
+        self, sets: Sequence[tuple[float, ValidationSet]], length: int, with_attention_mask: bool, seed: int
+    ) -> None:
+        self._sets, self._length, self._with_mask, self._seed = sets, length, with_attention_mask, seed
+        total = max(len(validation) / weight for weight, validation in sets)
+        self._ends = np.cumsum([max(round(weight * total), len(validation)) for weight, validation in sets])
 
     def __len__(self) -> int:
-        return len(self._set)
+        return int(self._ends[-1])
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        tokens, mask = self._set.get(index)
+        which = int(np.searchsorted(self._ends, index, side="right"))
+        validation = self._sets[which][1]
+        tokens, mask = validation.get((index - int(self._ends[which - 1] if which else 0)) % len(validation))
         windows = cut_windows(len(tokens), self._length)
         drawn = int(hash_positions(derive(self._seed, "window"), np.array([index]))[0] % np.uint64(len(windows)))
         window = slice(*windows[drawn])

@@ -20,7 +20,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training import checkpointing, get_args, training
 from torch import Tensor
 
-from megatron_bliss.artifacts import digest_tree
+from megatron_bliss.artifacts import digest_json, digest_tree
 from megatron_bliss.data.seeds import derive
 from megatron_bliss.data.validation import ValidationSet
 from megatron_bliss.errors import UserError
@@ -221,9 +221,10 @@ class OnlineSession:
         if self._method.given is not None:
             sources["reference"] = digest_tree(find(self._method.given))
         if self._method.upkeep == "train":
-            assert self._job.validation is not None
-            self._validation = ValidationSet.open(self._job.validation)
-            sources["validation set"] = self._validation.digest
+            self._validation = [(weight, ValidationSet.open(prefix)) for weight, prefix in self._job.validation]
+            digests = [validation.digest for _, validation in self._validation]
+            weights = [repr(weight) for weight, _ in self._validation]
+            sources["validation set"] = digests[0] if len(digests) == 1 else digest_json([digests, weights])
         return sources
 
     def _resume(self, path: Path) -> None:

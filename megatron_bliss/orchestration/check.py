@@ -4,6 +4,7 @@ a warm-up that is there and is the right one. Reads, writes nothing.
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from megatron_bliss.artifacts import RunPaths
 from megatron_bliss.config import RunConfig, WarmupConfig, differences, read_saved_config
@@ -23,13 +24,18 @@ def check(config: RunConfig, run_dir: Path) -> None:
             _check_selection(arm, trains_proxy)
         except UserError as error:
             raise UserError(f"controls: {arm.name!r}: {error}") from None
-        if arm.config.data.validation != config.data.validation and config.data.test is None:
+        if _validation(arm.config) != _validation(config) and config.data.test is None:
             raise UserError(
                 f"controls: {arm.name!r} has a data.validation of its own, and no set that both arms are measured on; "
                 "give data.test"
             )
     if config.warmup.start_from is not None:
         _check_start(main, Path(config.warmup.start_from))
+
+
+def _validation(config: RunConfig) -> list[Any]:
+    """What an arm's validation loss is the loss of."""
+    return [config.data.validation_prefixes, config.data.validation_weights, config.data.validation_weighting]
 
 
 def _check_target(config: RunConfig) -> None:

@@ -141,7 +141,7 @@ def bilevel_flops_per_step(config: RunConfig) -> float:
     """Of one outer step: inner steps, curvature products, g_i, validation gradient, target and score model."""
     bilevel, length = config.bilevel, config.data.sequence_length
     batch = bilevel.batch_size * length * _training_flops_per_token(config, proxy=True)
-    validation = bilevel.validation_batch_size * length * _training_flops_per_token(config, proxy=True)
+    validation = _validation_batch(config) * length * _training_flops_per_token(config, proxy=True)
     if bilevel.solver == "paper":
         passes = bilevel.inner_steps + _PRODUCT[bilevel.curvature] * bilevel.z_steps + 2 * _FORWARD
     else:
@@ -159,6 +159,11 @@ def bilevel_flops_per_step(config: RunConfig) -> float:
         * _FORWARD
         * (_training_flops_per_token(config, proxy=False))
     )
+
+
+def _validation_batch(config: RunConfig) -> int:
+    """Sequences of all validation sets in an outer step."""
+    return config.bilevel.validation_batch_size * len(config.data.validation_prefixes)
 
 
 def _target_passes(config: RunConfig) -> int:
@@ -213,7 +218,7 @@ def _warmup_proxy(config: RunConfig) -> Cost:
 
 
 def _bilevel(config: RunConfig) -> Cost:
-    sequences = config.bilevel.outer_steps * (config.bilevel.batch_size + config.bilevel.validation_batch_size)
+    sequences = config.bilevel.outer_steps * (config.bilevel.batch_size + _validation_batch(config))
     flops = config.bilevel.outer_steps * bilevel_flops_per_step(config)
     vectors = 2 * 4 * resolve(config.proxy.model).num_parameters(config.data.tokenizer.vocab_size)  # z, averaged ∇f
     disk = 2 * _checkpoint_bytes(config, proxy=True) + vectors  # proxy and score model
@@ -279,7 +284,7 @@ def _pretrain(config: RunConfig, steps: int) -> Cost:
 def _evaluate(config: RunConfig) -> Cost:
     """The decay branch, and forward passes over the measured sets (as large as they may be)."""
     evaluation = config.evaluation
-    sets = [evaluation.max_sequences] * (2 if config.data.test else 1)
+    sets = [evaluation.max_sequences] * (len(config.data.validation_prefixes) + (1 if config.data.test else 0))
     sets += [min(evaluation.max_sequences, config.data.held_out)] * len(config.data.pool)
     measured = 1 + (-(-config.round_steps // config.target.save_interval) if evaluation.curve else 0)
     sequences = evaluation.decay_steps * config.target.global_batch_size + measured * sum(sets)

@@ -123,7 +123,7 @@ def _stage(
 def _inventory(arm: Arm) -> Stage:
     data = arm.config.data
     prefixes = [prefix for domain in data.pool for prefix in domain.prefixes]
-    measured = [prefix for prefix in (data.validation, data.test) if prefix is not None]
+    measured = [*data.validation_prefixes.values(), *([data.test] if data.test else [])]
     files = [Path(f"{prefix}{suffix}") for prefix in (*prefixes, *measured) for suffix in (".idx", ".bin")]
     files += [Path(f"{prefix}.mask") for prefix in measured]  # a set may have one, now or later
     return _stage(arm, "inventory", needs=[], inputs=files, output=arm.paths.inventory, distributed=False)

@@ -1,7 +1,7 @@
 """What a run and its control arms have measured so far, read from their files."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ class Point:
     validation_loss: float
     test_loss: float | None
     domain_loss: dict[str, float | None]
+    validation_sets: dict[str, dict[str, float | None]] = field(default_factory=dict)  # of several: loss and weight
 
     @property
     def loss(self) -> float:

@@ -5,12 +5,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron_bliss.artifacts import RunPaths, digest_tree
 from megatron_bliss.bilevel.curvature import Pool, check_exact, make_curvature
 from megatron_bliss.bilevel.loop import BilevelLoop, LoopSettings
+from megatron_bliss.bilevel.set_weights import SetWeights
 from megatron_bliss.bilevel.solvers import Averaged, ConjugateGradient, Paper, Solver
 from megatron_bliss.bilevel.space import ParameterSpace, group_size
-from megatron_bliss.config import BilevelConfig, RunConfig, read_saved_config
+from megatron_bliss.config import BilevelConfig, DataConfig, RunConfig, read_saved_config
 from megatron_bliss.data.target_cache import Known, TargetCache
 from megatron_bliss.mcore import checkpoint_files, checkpoints, parallel
 from megatron_bliss.mcore.losses import VocabShard
@@ -62,9 +65,9 @@ def run(run_dir: Path, round_number: int) -> None:
     num_tokens = 0
     for known in _known(cache, data.rows, range(done, settings.outer_steps)):
         began = time.monotonic()
-        pool, validation = data.pool(loop.steps_done, known), data.validation(loop.steps_done)
-        metrics = loop.step(pool, validation)
-        step_tokens = int(pool[0].num_tokens + validation[0].num_tokens)
+        pool, sets = data.pool(loop.steps_done, known), data.validation(loop.steps_done)
+        metrics = loop.step(pool, *sets)
+        step_tokens = int(pool[0].num_tokens + sum(batches[0].num_tokens for batches in sets))
         num_tokens += step_tokens
         if progress is not None and log is not None:
             log.write(loop.steps_done, **metrics, tokens_per_second=step_tokens / (time.monotonic() - began))
@@ -119,7 +122,10 @@ def build(
     if settings.gamma and not settings.uses_cached_target:
         checkpoint = target_checkpoint(paths, config, round_number)
         target = checkpoints.load_target(checkpoint, context, config.target.model, vocab_size)
-    loop = assemble(settings, proxy, score_model, target, context, vocab_size, config.proxy.distributed_optimizer)
+    loop = assemble(
+        settings, proxy, score_model, target, context, vocab_size, config.proxy.distributed_optimizer,
+        make_set_weights(config.data, context.device),
+    )  # fmt: skip
     return loop, {checkpoints.MODEL: proxy, checkpoints.SCORE: score_model}
 
 
@@ -131,6 +137,7 @@ def assemble(
     context: ParallelContext,
     vocab_size: int,
     distributed_optimizer: bool = False,
+    set_weights: SetWeights | None = None,
 ) -> Loop:
     """The loop on models that hold the weights to begin with."""
     proxy_adam, score_adam = (adam_settings(settings, lr) for lr in (settings.lr_proxy, settings.lr_score))
@@ -145,7 +152,14 @@ def assemble(
         loop_settings(settings),
         space.optimizer(proxy_adam),
         score_space.optimizer(score_adam),
+        set_weights,
     )
+
+
+def make_set_weights(data: DataConfig, device: torch.device) -> SetWeights:
+    """As `data.validation_weighting` says."""
+    rate = data.validation_rate if data.validation_weighting == "worst-case" else 0.0
+    return SetWeights(data.validation_weights, rate, device)
 
 
 def starting_points(paths: RunPaths, config: RunConfig, round_number: int) -> dict[str, str]:

@@ -10,7 +10,7 @@ from megatron_bliss.config import RunConfig
 from megatron_bliss.data.inventory import Inventory
 from megatron_bliss.data.sampling import SequenceSampler, share_of_rank
 from megatron_bliss.data.seeds import derive, hash_positions
-from megatron_bliss.data.shards import verify_shard
+from megatron_bliss.data.shards import ShardRecord, verify_shard
 from megatron_bliss.data.slices import Slicing
 from megatron_bliss.data.target_cache import Known
 from megatron_bliss.data.validation import ValidationSet
@@ -23,7 +23,7 @@ from megatron_bliss.mcore.top_k import TopK
 class BilevelDraws:
     """The global batches of every step as a function of (seed, step).
 
-    The pool is the round's slice, each of its sequences once an epoch; so is the validation set. Of a sequence longer
+    The pool is the round's slice, each of its sequences once an epoch; so is each validation set. Of a sequence longer
     than a sample one window is taken, another one each time.
     """
 
@@ -33,9 +33,7 @@ class BilevelDraws:
         self._shards = [verify_shard(record) for record in inventory.pool]
         slicing = Slicing.of(config, inventory)
         self._pool = SequenceSampler(inventory.pool, slicing.ids_by_name(round_number), derive(self._seed, "pool"))
-        self._set = ValidationSet.of(inventory.validation)
-        everything = {inventory.validation.name: np.arange(len(self._set), dtype=np.int32)}
-        self._validation = SequenceSampler([inventory.validation], everything, derive(self._seed, "validation"))
+        self._validation = [self._with_sampler(name, record) for name, record in inventory.validation.items()]
         slices = [inventory.digest, config.seed, config.num_slices, config.data.held_out]
         self.pool_digest = digest_json(["pool", *slices, round_number, self._length, self._settings.batch_size])
 
@@ -45,13 +43,21 @@ class BilevelDraws:
         sequences = [self._shards[index][sequence_id] for index, sequence_id in samples]
         return [sequence[window] for sequence, window in zip(sequences, self._windows(sequences, step), strict=True)]
 
-    def validation(self, step: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Tokens and loss masks of the validation set at a 0-based step."""
-        samples = self._validation.batch(step, self._settings.validation_batch_size)
-        pairs = [self._set.get(sequence_id) for _, sequence_id in samples]
-        windows = self._windows([tokens for tokens, _ in pairs], step)
-        cut = [(tokens[window], mask[window]) for (tokens, mask), window in zip(pairs, windows, strict=True)]
-        return [tokens for tokens, _ in cut], [mask for _, mask in cut]
+    def validation(self, step: int) -> list[tuple[list[np.ndarray], list[np.ndarray]]]:
+        """Tokens and loss masks of each validation set at a 0-based step."""
+        found = []
+        for validation, sampler in self._validation:
+            samples = sampler.batch(step, self._settings.validation_batch_size)
+            pairs = [validation.get(sequence_id) for _, sequence_id in samples]
+            windows = self._windows([tokens for tokens, _ in pairs], step)
+            cut = [(tokens[window], mask[window]) for (tokens, mask), window in zip(pairs, windows, strict=True)]
+            found.append(([tokens for tokens, _ in cut], [mask for _, mask in cut]))
+        return found
+
+    def _with_sampler(self, name: str, record: ShardRecord) -> tuple[ValidationSet, SequenceSampler]:
+        validation = ValidationSet.of(record)
+        everything = {record.name: np.arange(len(validation), dtype=np.int32)}
+        return validation, SequenceSampler([record], everything, derive(self._seed, name))
 
     def _windows(self, sequences: Sequence[np.ndarray], step: int) -> list[slice]:
         draws = hash_positions(derive(self._seed, "window", step), np.arange(len(sequences))).tolist()
@@ -88,9 +94,11 @@ class BilevelData:
         target = [top_k_at_labels(part, batch) for part, batch in zip(parts, batches, strict=True)]
         return micro_batches(batches, self._context, target)
 
-    def validation(self, step: int) -> list[MicroBatch]:
-        """Micro-batches of the validation set at a 0-based step."""
-        return micro_batches(self._batches(*self._draws.validation(step)), self._context)
+    def validation(self, step: int) -> list[list[MicroBatch]]:
+        """Micro-batches of each validation set at a 0-based step."""
+        return [
+            micro_batches(self._batches(tokens, masks), self._context) for tokens, masks in self._draws.validation(step)
+        ]
 
     def _batches(self, sequences: Sequence[np.ndarray], masks: Sequence[np.ndarray] | None = None) -> list[Batch]:
         mine = range(self._context.dp_rank, len(sequences), self._context.dp_size)

@@ -1,4 +1,4 @@
-"""`evaluate`: the LLM's loss on the validation and test sets and on every domain's held-out sequences.
+"""`evaluate`: the LLM's loss on the validation sets, the test set and every domain's held-out sequences.
 
 The headline numbers are those of a decay branch, which is trained first, by Megatron, in the same processes.
 """
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from megatron_bliss.artifacts import RunPaths, write_json
-from megatron_bliss.config import RunConfig, read_saved_config, warmup_run
+from megatron_bliss.config import DataConfig, RunConfig, read_saved_config, warmup_run
 from megatron_bliss.data.inventory import Inventory
 from megatron_bliss.data.sampling import permute
 from megatron_bliss.data.seeds import derive
@@ -81,12 +81,13 @@ def _tokens(config: RunConfig, iteration: int) -> int:
 
 
 def measured_sets(config: RunConfig, inventory: Inventory) -> dict[str, dict[str, Sequences]]:
-    """The validation set, the test set if there is one, and the domains' held-out sequences, by kind and name.
+    """The validation sets, the test set if there is one, and the domains' held-out sequences, by kind and name.
 
     :raises UserError: for a missing or changed shard or mask.
     """
     slicing = Slicing.of(config, inventory)
-    sets: dict[str, dict[str, Sequences]] = {"validation": {"": _validation(inventory.validation, config)}}
+    sets: dict[str, dict[str, Sequences]] = {}
+    sets["validation"] = {name: _validation(record, config) for name, record in inventory.validation.items()}
     sets["test"] = {"": _validation(inventory.test, config)} if inventory.test else {}
     sets["domain"] = {}
     for domain in config.data.pool:
@@ -126,8 +127,22 @@ def evaluate(
         kind: {name: mean(forward.totals(measure, sequences)) for name, sequences in by_name.items()}
         for kind, by_name in sets.items()
     }
+    validation = over_sets(losses["validation"], config.data)
+    return validation | {"test_loss": losses["test"].get(""), "domain_loss": losses["domain"]}
+
+
+def over_sets(losses: Mapping[str, float | None], data: DataConfig) -> dict[str, Any]:
+    """`validation_loss` and, of several sets, `validation_sets` with loss and weight of each.
+
+    The former is Σ weight × loss; with `worst-case` all weight is on the highest loss.
+    """
+    if len(losses) == 1:
+        return {"validation_loss": next(iter(losses.values()))}
+    known, weights = {name: loss or 0.0 for name, loss in losses.items()}, data.validation_weights
+    if data.validation_weighting == "worst-case":
+        worst = max(known, key=lambda name: known[name])
+        weights = {name: float(name == worst) for name in known}
     return {
-        "validation_loss": losses["validation"][""],
-        "test_loss": losses["test"].get(""),
-        "domain_loss": losses["domain"],
+        "validation_loss": sum(weights[name] * loss for name, loss in known.items()),
+        "validation_sets": {name: {"loss": losses[name], "weight": weights[name]} for name in known},
     }

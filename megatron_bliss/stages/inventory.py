@@ -24,7 +24,7 @@ def run(run_dir: Path) -> None:
         inventory = Inventory.read(paths.inventory)
         for record in inventory.records:
             verify_shard(record)
-        for record in filter(None, (inventory.validation, inventory.test)):
+        for record in filter(None, (*inventory.validation.values(), inventory.test)):
             verify_mask(record)
     else:
         inventory = collect(read_saved_config(paths.config))
@@ -36,7 +36,7 @@ def run(run_dir: Path) -> None:
 def collect(config: RunConfig) -> Inventory:
     """Hash and check the shards that the settings name."""
     pool = take_inventory({domain.name: domain.prefixes for domain in config.data.pool})
-    validation = _measured("validation", config.data.validation)
+    validation = {name: _measured(name, prefix) for name, prefix in config.data.validation_prefixes.items()}
     test = _measured("test", config.data.test) if config.data.test else None
     inventory = Inventory(pool, validation, test)
     _check_distinct(inventory.records)

@@ -4,7 +4,7 @@ One process, on a CPU. What was counted is put on disk chunk by chunk, so a kill
 """
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -32,7 +32,8 @@ _LOG_RATIO, _PARTIAL = "log-ratio.npy", "partial.npz"
 def run(run_dir: Path, round_number: int) -> None:
     """Write `round-N/ngrams`: `log-ratio.npy`, float64 [num_buckets], and `manifest.json`; or finish it.
 
-    All tokens of the validation set count, those without loss too: what a set is like shows in its prompts as well.
+    All tokens of a validation set count, those without loss too: what a set is like shows in its prompts as well. Of
+    several sets p is the mixture by `data.validation_weights`.
 
     :raises UserError: for a changed shard, or settings that need a tokenizer which is not there.
     """
@@ -49,7 +50,7 @@ def run(run_dir: Path, round_number: int) -> None:
         return
     hashing = make_hashing(config)
     raw, num_raw = _count_slice(hashing, config, inventory, round_number, directory / _PARTIAL)
-    target, num_target = _count_validation(hashing, inventory)
+    target, num_target = _count_validation(hashing, inventory, config.data.validation_weights)
     for name, num_grams in (("slice", raw.sum()), ("validation set", target.sum())):
         if not num_grams:
             raise UserError(
@@ -101,9 +102,14 @@ def make_hashing(config: RunConfig) -> Hashing:
     return Hashing(reader, settings.ngrams, settings.num_buckets, tokenizer.vocab_size)
 
 
-def _count_validation(hashing: Hashing, inventory: Inventory) -> tuple[np.ndarray, int]:
-    shard = ValidationSet.of(inventory.validation).shard
-    return _total(hashing, shard, np.arange(len(shard)))
+def _count_validation(hashing: Hashing, inventory: Inventory, weights: Mapping[str, float]) -> tuple[np.ndarray, int]:
+    """Of one set the counts; of several Σ_k w_k p_k, p_k being the shares in a set."""
+    shards = {name: ValidationSet.of(record).shard for name, record in inventory.validation.items()}
+    found = {name: _total(hashing, shard, np.arange(len(shard))) for name, shard in shards.items()}
+    if len(found) == 1:
+        return next(iter(found.values()))
+    mixture = sum(weights[name] * counts / max(counts.sum(), 1) for name, (counts, _) in found.items())
+    return np.asarray(mixture), sum(num_tokens for _, num_tokens in found.values())
 
 
 def _count_slice(

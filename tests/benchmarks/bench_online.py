@@ -79,7 +79,10 @@ def worker(folder: Path, offload: bool) -> None:
     config = OnlineConfig("blade", sync_interval=INTERVAL, reference_steps=REFERENCE_STEPS, offload=offload)
     method = online_method(config)
     assert method is not None
-    job, result = OnlineJob(config, method, str(folder / "valid"), folder / "metrics.jsonl"), folder / "result.json"
+    job, result = (
+        OnlineJob(config, method, [(1.0, str(folder / "valid"))], folder / "metrics.jsonl"),
+        folder / "result.json",
+    )
 
     def before() -> None:
         from megatron.training import training
