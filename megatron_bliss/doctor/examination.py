@@ -71,7 +71,9 @@ def _measured_sets(config: RunConfig, run_dir: Path) -> list[tuple[str, str]]:
     """Name and prefix of each validation and test set, each prefix once."""
     found: dict[str, str] = {}
     for arm in arms(config, run_dir):
-        found.setdefault(arm.config.data.validation, "validation" if not arm.prefix else f"validation of {arm.name}")
+        for name, prefix in arm.config.data.validation_prefixes.items():
+            what = "validation" if name == "validation" else f"validation set {name}"
+            found.setdefault(prefix, what if not arm.prefix else f"{what} of {arm.name}")
     if config.data.test is not None:
         found.setdefault(config.data.test, "test")
     return [(name, prefix) for prefix, name in found.items()]
