@@ -109,6 +109,10 @@ class RunPaths:
     def evaluation(self, number: int) -> Path:
         return self.round(number) / "evaluation"
 
+    def usage(self, command: str, number: int = 0) -> Path:
+        """What the calls of a stage took, a line each; 0 for the stages before the first round."""
+        return (self.round(number) if number else self.root) / "usage" / f"{command}.jsonl"
+
     def control(self, name: str) -> "RunPaths":
         return RunPaths(self.root / "controls" / name)
 

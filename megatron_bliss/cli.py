@@ -2,6 +2,7 @@
 
 import os
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +23,14 @@ RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Directory of t
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 _LOOK = "Selections, looked at and exchanged"
 _STAGES = "Stages (what `run` starts; distributed ones under torchrun)"
+
+
+def _stage(run_dir: Path, command: str, number: int = 0) -> AbstractContextManager[None]:
+    """Around a stage's work: what it took is noted in the run."""
+    from megatron_bliss.artifacts import RunPaths
+    from megatron_bliss.stages.usage import recorded
+
+    return recorded(RunPaths(run_dir).usage(command, number))
 
 
 @app.command()
@@ -105,7 +114,7 @@ def status(run_dir: RunArgument) -> None:
 
 @app.command()
 def report(run_dir: RunArgument) -> None:
-    """Write report.html and result.json from the files of a run, or comparison.html and .json; finished or not."""
+    """Write report.html, its report.json and result.json of a run, or a comparison's html and json; finished or not."""
     from megatron_bliss.orchestration.compare import seed_dirs
     from megatron_bliss.report import comparison_page, page, result
 
@@ -190,65 +199,73 @@ def import_selection(
 @app.command(rich_help_panel=_STAGES)
 def inventory(run_dir: RunOption) -> None:
     """Check and hash every shard."""
-    from megatron_bliss.stages import inventory as stage
+    with _stage(run_dir, "inventory"):
+        from megatron_bliss.stages import inventory as stage
 
-    stage.run(run_dir)
+        stage.run(run_dir)
 
 
 @app.command(rich_help_panel=_STAGES)
 def warmup_select(run_dir: RunOption) -> None:
     """A random part of slice 0 for the warm-up."""
-    from megatron_bliss.stages import select as stage
+    with _stage(run_dir, "warmup-select"):
+        from megatron_bliss.stages import select as stage
 
-    stage.run(run_dir, None)
+        stage.run(run_dir, None)
 
 
 @app.command(rich_help_panel=_STAGES)
 def warmup_target(run_dir: RunOption) -> None:
     """Train the LLM on the warm-up's data."""
-    from megatron_bliss.stages import pretrain as stage
+    with _stage(run_dir, "warmup-target"):
+        from megatron_bliss.stages import pretrain as stage
 
-    stage.run(run_dir, 0)
+        stage.run(run_dir, 0)
 
 
 @app.command(rich_help_panel=_STAGES)
 def warmup_proxy(run_dir: RunOption) -> None:
     """Train the proxy on the warm-up's data."""
-    from megatron_bliss.stages import warmup_proxy as stage
+    with _stage(run_dir, "warmup-proxy"):
+        from megatron_bliss.stages import warmup_proxy as stage
 
-    stage.run(run_dir)
+        stage.run(run_dir)
 
 
 @app.command(name="cache-target", rich_help_panel=_STAGES)
 def cache_target(run_dir: RunOption, number: RoundOption) -> None:
     """Write what the target says of a round's bilevel sample, where bilevel.kl_source is cached."""
-    from megatron_bliss.stages import cache_target as stage
+    with _stage(run_dir, "cache-target", number):
+        from megatron_bliss.stages import cache_target as stage
 
-    stage.run(run_dir, number)
+        stage.run(run_dir, number)
 
 
 @app.command(rich_help_panel=_STAGES)
 def ngrams(run_dir: RunOption, number: RoundOption) -> None:
     """Count the n-grams of the round's slice and of the validation set, for method dsir."""
-    from megatron_bliss.stages import ngrams as stage
+    with _stage(run_dir, "ngrams", number):
+        from megatron_bliss.stages import ngrams as stage
 
-    stage.run(run_dir, number)
+        stage.run(run_dir, number)
 
 
 @app.command(rich_help_panel=_STAGES)
 def bilevel(run_dir: RunOption, number: RoundOption) -> None:
     """Learn the score model by the bilevel loop."""
-    from megatron_bliss.stages import bilevel as stage
+    with _stage(run_dir, "bilevel", number):
+        from megatron_bliss.stages import bilevel as stage
 
-    stage.run(run_dir, number)
+        stage.run(run_dir, number)
 
 
 @app.command(rich_help_panel=_STAGES)
 def score(run_dir: RunOption, number: RoundOption) -> None:
     """Score every sequence of the round's slice."""
-    from megatron_bliss.stages import score as stage
+    with _stage(run_dir, "score", number):
+        from megatron_bliss.stages import score as stage
 
-    stage.run(run_dir, number)
+        stage.run(run_dir, number)
 
 
 @app.command(rich_help_panel=_STAGES)
@@ -278,7 +295,11 @@ def select(
         raise UserError("select needs --run DIR and --round N, or --scores DIR and --output DIR")
     if overrides or output or earlier:
         raise UserError(f"{run_dir} has its settings in run.yaml; KEY=VALUE, --output and --earlier go with --scores")
-    stage.run(run_dir, number, dry_run)
+    if dry_run:
+        stage.run(run_dir, number, dry_run=True)
+        return
+    with _stage(run_dir, "select", number):
+        stage.run(run_dir, number)
 
 
 @app.command(rich_help_panel=_STAGES)
@@ -287,25 +308,28 @@ def prepare(
     number: Annotated[int, typer.Option("--round", min=0, help="Number of the round; 0 is the warm-up.")],
 ) -> None:
     """Build Megatron's index files for the round's training, without a GPU."""
-    from megatron_bliss.stages import prepare as stage
+    with _stage(run_dir, "prepare", number):
+        from megatron_bliss.stages import prepare as stage
 
-    stage.run(run_dir, number)
+        stage.run(run_dir, number)
 
 
 @app.command(rich_help_panel=_STAGES)
 def pretrain(run_dir: RunOption, number: RoundOption) -> None:
     """Continue the LLM on the round's selection, by Megatron's own trainer."""
-    from megatron_bliss.stages import pretrain as stage
+    with _stage(run_dir, "pretrain", number):
+        from megatron_bliss.stages import pretrain as stage
 
-    stage.run(run_dir, number)
+        stage.run(run_dir, number)
 
 
 @app.command(rich_help_panel=_STAGES)
 def evaluate(run_dir: RunOption, number: RoundOption) -> None:
     """Measure the LLM at the end of the round, on a decay branch."""
-    from megatron_bliss.stages import evaluate as stage
+    with _stage(run_dir, "evaluate", number):
+        from megatron_bliss.stages import evaluate as stage
 
-    stage.run(run_dir, number)
+        stage.run(run_dir, number)
 
 
 def main() -> None:

@@ -14,6 +14,8 @@ QUANTILES = (0.0, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
 _MAX_SCORES = 1 << 24  # of larger rounds, the quantiles are those of evenly spaced candidates
 _BUCKETS = 32  # of lengths: 0, 1, 2-3, 4-7, ...
 _PARTS = ("pool", "candidates", "kept")
+_NONE = np.empty(0, dtype=np.float32)
+_BINS = 40  # of the histogram of scores, which leaves out the lowest and the highest 0.5 %
 
 
 @dataclass
@@ -109,6 +111,9 @@ def overview(one: Round, num_samples: int) -> dict[str, Any]:
         "digest": selection.digest,
         "sizes": {part: _size(shares[part]) for part in _PARTS},
         "score_quantiles": {part: _quantiles(found) for part, found in scores.items()},
+        "score_distribution": distribution(
+            *(np.concatenate([_NONE, *scores[part]]) for part in ("candidates", "kept"))
+        ),
         "domains": [_domain(one, domain, number, shares) for number, domain in enumerate(domains)],
         "lengths": list(_length_rows(shares)),
         "overlap": [_overlap(one, other, domains) for other in one.run.selected_rounds if other.number != one.number],
@@ -126,12 +131,36 @@ def _size(shares: Shares) -> dict[str, int]:
 
 
 def _quantiles(found: Sequence[np.ndarray]) -> dict[str, float] | None:
-    values = np.sort(np.concatenate([np.empty(0, dtype=np.float32), *found]))
+    values = np.sort(np.concatenate([_NONE, *found]))
     if not len(values):
         return None
     places = [round(quantile * (len(values) - 1)) for quantile in QUANTILES]  # values that occur, none between two
     finite = np.nan_to_num(values[places])  # JSON has no infinity
     return {f"{quantile:g}": float(value) for quantile, value in zip(QUANTILES, finite, strict=True)}
+
+
+def distribution(candidates: np.ndarray, kept: np.ndarray) -> dict[str, Any] | None:
+    """How scores are spread; None without any. Those of sequences that are too short to have one are left out.
+
+    :param candidates: float32 [n], `kept` [m] among them.
+    """
+    candidates, kept = (values[values > np.finfo(np.float32).min].astype(np.float64) for values in (candidates, kept))
+    if not len(candidates):
+        return None
+    percentiles = np.percentile(candidates, np.arange(101))
+    low, high = np.percentile(candidates, [0.5, 99.5])
+    edges = np.linspace(low, high if high > low else low + 1, _BINS + 1)
+    counts = {
+        name: np.histogram(values.clip(edges[0], edges[-1]), edges)[0].tolist()
+        for name, values in (("candidates", candidates), ("kept", kept))
+    }
+    return {
+        "mean": float(candidates.mean()),
+        "std": float(candidates.std()),
+        "percentiles": percentiles.tolist(),  # 0 to 100
+        "edges": edges.tolist(),  # of bins; what lies beyond counts to the outermost
+        **counts,
+    }
 
 
 def _domain(one: Round, domain: str, number: int, shares: dict[str, Shares]) -> dict[str, Any]:

@@ -107,7 +107,8 @@ class Round:
     @cached_property
     def choice(self) -> Choice:
         """:raises UserError: if scores or an earlier selection that it needs are missing."""
-        return round_choice(self.home, read_saved_config(self.home.config), self.number or None)
+        config = self.run.config if self.home == self.run.paths else read_saved_config(self.home.config)
+        return round_choice(self.home, config, self.number or None)
 
     @cached_property
     def _candidates(self) -> list[ShardCandidates]:

@@ -40,6 +40,7 @@ class RoundFiles:
     curve: list[Point]  # on the main line, learning rate not decayed
     kept: dict[str, Counts]  # by domain
     bilevel: list[dict[str, float]]  # one entry an outer step
+    training: list[dict[str, float]]  # of the LLM, by domain; one entry a line of Megatron's log
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,8 @@ def _round(paths: RunPaths, number: int) -> RoundFiles:
         place = {"iteration": results["iteration"], "tokens": results["tokens_trained"]}
         decay = Point(**place, **results["decay"])
         curve = [Point(**point) for point in results["curve"]]
-    return RoundFiles(number, decay, curve, _kept(paths.selection(number)), _metrics(paths.bilevel(number)))
+    bilevel, training = paths.bilevel(number) / "metrics.jsonl", paths.training_metrics(number)
+    return RoundFiles(number, decay, curve, _kept(paths.selection(number)), _metrics(bilevel), _metrics(training))
 
 
 def _kept(directory: Path) -> dict[str, Counts]:
@@ -114,19 +116,23 @@ def _kept(directory: Path) -> dict[str, Counts]:
     return totals
 
 
-def _metrics(directory: Path) -> list[dict[str, float]]:
-    """Lines of metrics.jsonl; a last line that is still being written is left out."""
-    path = directory / "metrics.jsonl"
+def _metrics(path: Path) -> list[dict[str, float]]:
+    """The numbers of metrics.jsonl, line by line."""
+    return [
+        {key: value for key, value in entry.items() if isinstance(value, int | float) and not isinstance(value, bool)}
+        for entry in json_lines(path)
+    ]
+
+
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    """Objects of a .jsonl file, if it is there; a last line that is still being written is left out."""
     entries: list[dict[str, Any]] = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
             entries.append(json.loads(line))
         except ValueError:
             break
-    return [
-        {key: value for key, value in entry.items() if isinstance(value, int | float) and not isinstance(value, bool)}
-        for entry in entries
-    ]
+    return entries
 
 
 def _wall_seconds(run_dir: Path) -> float:

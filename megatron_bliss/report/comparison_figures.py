@@ -29,7 +29,7 @@ def differences(found: dict[str, Any]) -> str | None:
         axes.set_yticks(range(len(order)), order)
         axes.grid(axis="y", visible=False)
         axes.set_xlabel(f"{found['measured_on']} loss minus that of random data, nats a token (left is better)")
-        return svg(figure)
+        return svg(figure, "difference of every arm's loss to random data's")
 
 
 def domain_differences(found: dict[str, Any]) -> str | None:
@@ -52,7 +52,7 @@ def domain_differences(found: dict[str, Any]) -> str | None:
             axes.text(column, row, "" if np.isnan(value) else f"{value:+.2f}", ha="center", va="center", fontsize=7)
         axes.set_xticks(range(len(domains)), domains, rotation=30, ha="right")
         axes.set_yticks(range(len(drawn)), list(drawn))
-        return svg(figure)
+        return svg(figure, "difference of every arm's loss to random data's, domain by domain")
 
 
 def loss_curves(runs: list[SeedRun]) -> str | None:
@@ -77,4 +77,4 @@ def loss_curves(runs: list[SeedRun]) -> str | None:
         measured = "test" if runs[0].run.config.data.test else "validation"
         axes.set_ylabel(f"loss on the {measured} set, nats a token")
         axes.legend(ncols=2)
-        return svg(figure)
+        return svg(figure, "loss of every arm against the LLM's steps, mean over seeds")

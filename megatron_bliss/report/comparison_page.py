@@ -4,7 +4,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -12,6 +11,7 @@ from rich.table import Table
 from megatron_bliss.artifacts import atomic_write
 from megatron_bliss.orchestration.logs import clock
 from megatron_bliss.report import comparison, comparison_figures
+from megatron_bliss.report.page import environment
 from megatron_bliss.report.statistics import BETTER, NO_DIFFERENCE, WORSE
 
 _WIDTH = 160  # of the table where there is no terminal
@@ -28,22 +28,23 @@ def write(out: Path) -> None:
     """
     found = comparison.write(out)
     runs, differences = comparison.seed_runs(out), comparison_figures.differences(found)
-    environment = Environment(
-        loader=PackageLoader("megatron_bliss", "report"), autoescape=True, undefined=StrictUndefined
-    )
-    page = environment.get_template("comparison.html").render(
-        title=out.absolute().name,
-        found=found,
-        columns=COLUMNS,
-        rows={name: cells(arm) for name, arm in found["arms"].items()},
-        sentences=sentences(found),
-        domains=sorted({domain for arm in found["arms"].values() for domain in arm["domain_loss"]}),
-        number=number,
-        figures={
-            "differences": differences,
-            "curves": comparison_figures.loss_curves(runs),
-            "domains": comparison_figures.domain_differences(found),
-        },
+    page = (
+        environment()
+        .get_template("comparison.html")
+        .render(
+            title=out.absolute().name,
+            found=found,
+            columns=COLUMNS,
+            rows={name: cells(arm) for name, arm in found["arms"].items()},
+            sentences=sentences(found),
+            domains=sorted({domain for arm in found["arms"].values() for domain in arm["domain_loss"]}),
+            number=number,
+            figures={
+                "differences": differences,
+                "curves": comparison_figures.loss_curves(runs),
+                "domains": comparison_figures.domain_differences(found),
+            },
+        )
     )
     with atomic_write(out / "comparison.html", "w") as stream:
         stream.write(page)

@@ -1,139 +1,81 @@
-"""`report.html`: one file that needs no network, from the files of a run, finished or not."""
+"""`report.json` and `report.html`: one file that needs no network, from the files of a run, finished or not."""
 
-import math
-from dataclasses import dataclass
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
-from megatron_bliss.artifacts import RunPaths, atomic_write, read_json
-from megatron_bliss.orchestration.cost import arm_costs, quantity
+from megatron_bliss.artifacts import RunPaths, atomic_write, read_json, write_json
+from megatron_bliss.orchestration.cost import quantity
 from megatron_bliss.orchestration.logs import clock
 from megatron_bliss.report import figures
-from megatron_bliss.report.collect import RunFiles, collect
-from megatron_bliss.report.result import demo_result, result_path
+from megatron_bliss.report.facts import report_facts
+from megatron_bliss.report.result import result_path
 
-_NOTABLE = 0.005  # nats; differences below it are called none
+STYLES: dict[str, Callable[[Any], str]] = {
+    "plain": str,
+    "count": lambda value: f"{value:,}",
+    "quantity": quantity,
+    "bytes": lambda value: f"{quantity(value)}B",
+    "loss": lambda value: f"{value:.4f}",
+    "score": lambda value: f"{value:.4g}",
+    "two": lambda value: f"{value:.2f}",
+    "percent": lambda value: f"{value:.1%}",
+    "flops": lambda value: f"{value:.2e}",
+    "hours": lambda value: f"{value:.3g}",
+    "clock": clock,
+}
 
 
-@dataclass(frozen=True)
-class LedgerRow:
-    """Floating-point operations of one stage in all rounds of an arm."""
-
-    arm: str
-    stage: str
-    tokens: str
-    flops: str
-    share: str  # of the arm's training
+def json_path(run_dir: Path) -> Path:
+    return run_dir / "report.json"
 
 
 def write(run_dir: Path) -> None:
-    """Write `report.html`; numbers are those of `result.json` where there is one.
+    """Write `report.json` and `report.html`; what is in `result.json`, where there is one, is in them.
 
-    :raises UserError: if there is no run, or no arm has been evaluated yet.
+    :raises UserError: if there is no run.
     """
-    run = collect(run_dir)
-    result = read_json(result_path(run_dir)) if result_path(run_dir).exists() else demo_result(run_dir)
-    environment = Environment(
-        loader=PackageLoader("megatron_bliss", "report"), autoescape=True, undefined=StrictUndefined
-    )
-    environment.filters |= {"loss": _loss, "quantity": _quantity, "flops": _flops, "clock": clock}
-    page = environment.get_template("page.html").render(
-        title=run.run_dir.name,
-        run=run,
-        result=result,
-        summary=summary(result),
-        domains=[domain.name for domain in run.config.data.pool],
-        figures={
-            "loss": figures.loss_curves(run),
-            "kept": figures.kept_shares(run),
-            "bilevel": figures.bilevel_curves(run),
-        },
-        ledger=ledger(run),
-    )
+    result = read_json(result_path(run_dir)) if result_path(run_dir).exists() else None
+    facts = report_facts(run_dir, result)
+    write_json(json_path(run_dir), facts)
     with atomic_write(RunPaths(run_dir).report, "w") as stream:
-        stream.write(page)
+        stream.write(html(facts))
 
 
-def summary(result: dict[str, Any]) -> list[str]:
-    """What came out, in plain sentences, good or bad."""
-    main = result["main_arm"]
-    arms = result["arms"]
-    ours = arms.get(main, {}).get("test_loss")
-    if ours is None:
-        return [f"The arm {main} has no loss yet at the step where all arms can be compared."]
-    sentences = [
-        f"After {result['iteration']} steps, warm-up included, the LLM trained on what {main} selected has a loss of "
-        f"{ours:.3f} ({result['measure']} of the learning rate)."
-    ]
-    random = next((name for name, arm in arms.items() if arm["method"] == "random" and name != main), None)
-    for name, arm in arms.items():
-        if name != main and arm["test_loss"] is not None:
-            sentences.append(_comparison(main, ours, name, arm["test_loss"], is_random=name == random))
-    if (gain := result["speedup_over_random"]) is not None:
-        sentences.append(_speedup_sentence(main, gain, result["speedup_is_lower_bound"]))
-    spent, training = arms[main]["selection_flops"], arms[main]["train_flops"]
-    if spent:
-        sentences.append(
-            f"Selecting took {spent / training:.0%} of the floating-point operations of the training itself."
-        )
-    if result["auc_target_domain"] is not None:
-        sentences.append(
-            f"The scores rank a sequence of the domain {result['target_domain']} above another one with probability "
-            f"{result['auc_target_domain']:.2f} (0.5 would be chance)."
-        )
-    return sentences
+def html(facts: dict[str, Any]) -> str:
+    """:param facts: what `report.json` holds."""
+    selections = [(place, entry["selection"]) for place, entry in enumerate(facts["rounds"]) if entry["selection"]]
+    drawn = {
+        "loss": figures.loss_curves(facts),
+        "domains": dict(figures.domain_losses(facts)),
+        "kept": {name: figures.kept_shares(facts, name) for name in facts["arms"]},
+        "scores": {place: figures.scores(selection) for place, selection in selections},
+        "lengths": {place: figures.lengths(selection) for place, selection in selections},
+        "bilevel": dict(figures.bilevel_curves(facts)),
+    }
+    return environment().get_template("page.html").render(
+        facts=facts, show=shown(facts), figures=drawn, bilevel_words=figures.BILEVEL
+    )  # fmt: skip
 
 
-def _comparison(main: str, ours: float, name: str, theirs: float, is_random: bool) -> str:
-    difference = theirs - ours
-    if difference >= _NOTABLE:
-        return f"{name} is at {theirs:.3f}, which is {difference:.3f} worse."
-    verdict = "no different" if difference > -_NOTABLE else f"{-difference:.3f} better"
-    if is_random:
-        return f"{name} is at {theirs:.3f}, {verdict}: the selection by {main} did not help here."
-    return f"{name} is at {theirs:.3f}, {verdict}: a simpler rule does as well here as {main}."
+def environment() -> Environment:
+    """Templates of this package; what is not marked as safe is escaped."""
+    return Environment(loader=PackageLoader("megatron_bliss", "report"), autoescape=True, undefined=StrictUndefined)
 
 
-def _speedup_sentence(main: str, gain: float, is_lower_bound: bool) -> str:
-    if is_lower_bound:
-        return f"Random data had not reached that loss after {gain:.1f} times the steps of {main} since the warm-up."
-    if gain <= 1:
-        return f"Random data reached that loss in {gain:.1f} times the steps: {main} was not faster."
-    return f"Random data needed {gain:.1f} times the steps of {main} since the warm-up to reach that loss."
+def shown(facts: dict[str, Any]) -> Callable[..., Markup]:
+    """A function that shows a value of the JSON, named by its keys: a <data> element that carries value and keys."""
 
+    def show(*keys: str | int, style: str = "plain") -> Markup:
+        value: Any = facts
+        for key in keys:
+            value = value[key]
+        text = "–" if value is None else STYLES[style](value)
+        place, exact = json.dumps(keys, ensure_ascii=False), json.dumps(value)
+        return Markup('<data value="{}" data-of="{}">{}</data>').format(exact, place, text)
 
-def ledger(run: RunFiles) -> list[LedgerRow]:
-    """What each arm spent on what, over all rounds, estimated from sizes; the warm-up, which arms share, in each."""
-    rows = []
-    for files in run.arms:
-        arm, costs = files.arm, arm_costs(files.arm, run.pool)
-        numbers = range(1, arm.config.rounds + 1)
-        by_stage = {"warm-up of the LLM": [costs[arm.stage_name("warmup-target")]]}
-        if arm.method.scored_by != "none":
-            by_stage["warm-up of the proxy"] = [costs[arm.stage_name("warmup-proxy")]]
-        for command in ("bilevel", "score", "pretrain", "evaluate"):
-            found = [costs[name] for n in numbers if (name := arm.stage_name(command, n)) in costs]
-            if found:
-                by_stage[command] = found
-        training = sum(cost.flops or 0 for name in ("warm-up of the LLM", "pretrain") for cost in by_stage[name])
-        for stage, parts in by_stage.items():
-            unknown = any(cost.flops is None for cost in parts)
-            flops = math.nan if unknown else sum(cost.flops or 0 for cost in parts)
-            tokens = math.nan if unknown else sum(cost.tokens or 0 for cost in parts)
-            share = "" if unknown else f"{flops / training:.1%}"
-            rows.append(LedgerRow(files.name, stage, _quantity(tokens), _flops(flops), share))
-    return rows
-
-
-def _loss(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4f}"
-
-
-def _quantity(value: float | None) -> str:
-    return "–" if value is None or math.isnan(value) else quantity(value)
-
-
-def _flops(value: float | None) -> str:
-    return "–" if value is None or math.isnan(value) else f"{value:.2e}"
+    return show

@@ -25,10 +25,12 @@ def result_path(run_dir: Path) -> Path:
 
 
 def write(run_dir: Path) -> None:
-    """Write `result.json`; the target domain and the time of an earlier one are kept.
+    """Write `result.json` if any arm has been evaluated; the target domain and the time of an earlier one are kept.
 
-    :raises UserError: if there is no run, or no arm has been evaluated yet.
+    :raises UserError: if there is no run.
     """
+    if not any(files.decays or files.curve for files in collect(run_dir).arms):
+        return
     earlier = read_json(result_path(run_dir)) if result_path(run_dir).exists() else {}
     kept = {key: earlier[key] for key in ("target_domain", "wall_s") if earlier.get(key) is not None}
     write_json(result_path(run_dir), demo_result(run_dir, **kept))
