@@ -42,6 +42,9 @@ GPU_OPTION=${GPU_OPTION---gpus-per-node=%s}
 # checkpoint, doubled. The job is then requeued under its own number, so that jobs that depend on it keep waiting.
 STOP_MARGIN=${STOP_MARGIN:-300}
 
+# A stage that fails is tried again. After so many attempts in a row that came no further, the chain ends with the reason.
+MAX_ATTEMPTS=${MAX_ATTEMPTS:-5}
+
 # ---- the software on the nodes: a virtual environment on the shared file system …
 PYTHON=${PYTHON:-$MEGATRON_BLISS_HOME/.venv/bin/python}
 # module load cuda nccl # … with the modules it needs

@@ -11,8 +11,8 @@ MEGATRON_BLISS_HOME=$(dirname "$MEGATRON_BLISS_LAUNCH")
 # shellcheck source=launch/settings.sh
 source "$MEGATRON_BLISS_LAUNCH/settings.sh"
 
-submit=sbatch
-[ "${1:-}" != --print ] || { submit=print; shift; }
+submit="env"
+[ "${1:-}" != --print ] || { submit='print'; shift; }
 if [ $# -lt 2 ] || [ ! -e "$MEGATRON_BLISS_LAUNCH/$1.sbatch" ]; then
     sed -n '2,/^set/{s/^# \{0,1\}//p}' "$0" >&2
     exit 2
@@ -48,6 +48,12 @@ fi
 [ "$script" != score ] || options+=("--array=0-$((SCORE_TASKS - 1))")
 read -r -a further <<<"$(setting SBATCH)"
 
-export MEGATRON_BLISS_LAUNCH RANKS_PER_NODE
-print() { printf '%s\n' sbatch "$@"; }
-"$submit" "${options[@]}" ${further[@]+"${further[@]}"} "$@" "$MEGATRON_BLISS_LAUNCH/$script.sbatch" "${arguments[@]}"
+# What settings.sh is to find inside the job as it is here.
+variables=("MEGATRON_BLISS_LAUNCH=$MEGATRON_BLISS_LAUNCH" "RANKS_PER_NODE=${RANKS_PER_NODE:-1}" "STOP_MARGIN=$STOP_MARGIN"
+    "MAX_ATTEMPTS=$MAX_ATTEMPTS")
+for name in CUDA_DEVICE_MAX_CONNECTIONS OMP_NUM_THREADS; do
+    [ -z "${!name:-}" ] || variables+=("$name=${!name}")
+done
+print() { printf '%s\n' env "$@"; }
+"$submit" "${variables[@]}" sbatch "${options[@]}" ${further[@]+"${further[@]}"} "$@" \
+    "$MEGATRON_BLISS_LAUNCH/$script.sbatch" "${arguments[@]}"

@@ -44,6 +44,11 @@ class RunPaths:
         return self.root / "run.lock"
 
     @property
+    def slurm(self) -> Path:
+        """Which Slurm jobs were submitted."""
+        return self.root / "slurm.json"
+
+    @property
     def inventory(self) -> Path:
         return self.root / "inventory.json"
 

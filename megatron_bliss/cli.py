@@ -78,6 +78,55 @@ def run(
 
 
 @app.command()
+def submit(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="The run's settings, YAML.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that win over CONFIG's.")
+    ] = None,
+    run_dir: Annotated[
+        Path | None, typer.Option("--run", help="Directory of the run; runs/<name of CONFIG> by default.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the jobs, and whether they can work.")] = False,
+) -> None:
+    """All rounds as a chain of Slurm jobs; called again, it replaces jobs that ended before their stage was done."""
+    from megatron_bliss.config import load_config
+    from megatron_bliss.orchestration import slurm, slurm_limits
+
+    settings = load_config(config, overrides or [])
+    directory = (run_dir or Path("runs") / config.stem).absolute()
+    if dry_run:
+        slurm_limits.show(settings, directory)
+    else:
+        slurm_limits.check_all(settings, directory, slurm.requests(settings, directory))
+        slurm.submit(settings, directory)
+
+
+@app.command()
+def cancel(run_dir: RunArgument) -> None:
+    """End all Slurm jobs of a run; `submit` goes on from there."""
+    from megatron_bliss.orchestration import slurm
+
+    slurm.cancel(run_dir.absolute())
+
+
+@app.command(hidden=True, context_settings={"ignore_unknown_options": True})
+def job(
+    event: Annotated[str, typer.Argument(metavar="begin|end")],
+    log: Annotated[Path, typer.Argument(metavar="LOG")],
+    words: Annotated[list[str], typer.Argument(metavar="STAGE --run DIR…")],
+    exit_code: Annotated[int, typer.Option("--exit-code")] = 0,
+    max_attempts: Annotated[int, typer.Option("--max-attempts")] = 5,
+) -> None:
+    """What launch/common.sh asks around a stage."""
+    from megatron_bliss.orchestration import slurm_job
+
+    if event == "begin":
+        typer.echo(slurm_job.begin(words, log, max_attempts))
+    else:
+        typer.echo(slurm_job.end(words, exit_code, log, max_attempts))
+
+
+@app.command()
 def compare(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="The comparison, YAML: run, seeds, arms.")],
     overrides: Annotated[

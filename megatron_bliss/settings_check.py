@@ -67,10 +67,19 @@ _POSITIVE = (
     "launch.nproc_per_node",
     "launch.concurrency",
 )
-_POSITIVE_IF_GIVEN = tuple(
-    f"{model}.model.{size}"
-    for model in ("target", "proxy")
-    for size in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
+_POSITIVE_IF_GIVEN = (
+    *(
+        f"{model}.model.{size}"
+        for model in ("target", "proxy")
+        for size in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
+    ),
+    *(
+        f"launch.slurm.{kind}.{size}"
+        for kind in ("cpu", "side", "score", "pretrain", "evaluate")
+        for size in ("gpus", "cpus", "tasks")
+    ),
+    "launch.slurm.stop_margin",
+    "launch.slurm.max_attempts",
 )
 _NOT_NEGATIVE = ("warmup.target_steps", "warmup.proxy_steps", "evaluation.decay_steps", "data.held_out")
 _Rule = tuple[tuple[str, ...], Callable[[Any], bool], str]

@@ -2,7 +2,7 @@
 a warm-up that is there and is the right one. Reads, writes nothing.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,28 @@ from megatron_bliss.mcore.architectures import resolve
 from megatron_bliss.orchestration.plan import Arm, arms
 
 
-def check(config: RunConfig, run_dir: Path) -> None:
-    """:raises UserError: naming the first setting that cannot work."""
+@dataclass(frozen=True)
+class Ranks:
+    """Processes of a stage with the LLM, and of one with proxy and score model; and what they are called."""
+
+    target: int
+    proxy: int
+    target_name: str = "launch.nproc_per_node"
+    proxy_name: str = "launch.nproc_per_node"
+
+
+def check(config: RunConfig, run_dir: Path, ranks: Ranks | None = None) -> None:
+    """:param ranks: `launch.nproc_per_node` of all stages if they are not given.
+    :raises UserError: naming the first setting that cannot work.
+    """
+    ranks = ranks or Ranks(config.launch.nproc_per_node, config.launch.nproc_per_node)
     main, *controls = arms(config, run_dir)
     trains_proxy = config.warmup.start_from is None
-    _check_target(config)
-    _check_selection(main, trains_proxy)
+    _check_target(config, ranks)
+    _check_selection(main, trains_proxy, ranks)
     for arm in controls:
         try:
-            _check_selection(arm, trains_proxy)
+            _check_selection(arm, trains_proxy, ranks)
         except UserError as error:
             raise UserError(f"controls: {arm.name!r}: {error}") from None
         if _validation(arm.config) != _validation(config) and config.data.test is None:
@@ -38,39 +51,37 @@ def _validation(config: RunConfig) -> list[Any]:
     return [config.data.validation_prefixes, config.data.validation_weights, config.data.validation_weighting]
 
 
-def _check_target(config: RunConfig) -> None:
+def _check_target(config: RunConfig, ranks: Ranks) -> None:
     target = config.target
     _check_model(config, "target")
-    ranks = target.tensor_parallel * target.pipeline_parallel * target.context_parallel
-    _check_multiple(
-        "launch.nproc_per_node", config.launch.nproc_per_node, ranks, "target's tensor × pipeline × context ranks"
-    )
+    layout = target.tensor_parallel * target.pipeline_parallel * target.context_parallel
+    _check_multiple(ranks.target_name, ranks.target, layout, "target's tensor × pipeline × context ranks")
     _check_multiple(
         "target.global_batch_size",
         target.global_batch_size,
-        target.micro_batch_size * (config.launch.nproc_per_node // ranks),
+        target.micro_batch_size * (ranks.target // layout),
         "target.micro_batch_size × data-parallel ranks",
     )
 
 
-def _check_selection(arm: Arm, trains_proxy: bool) -> None:
+def _check_selection(arm: Arm, trains_proxy: bool, ranks: Ranks) -> None:
     """:param trains_proxy: whether the run warms up a proxy for the arms that have none of their own."""
     if arm.method.needs_proxy:
-        _check_proxy(arm.config, trains_proxy or arm.config.warmup.own_proxy)
+        _check_proxy(arm.config, trains_proxy or arm.config.warmup.own_proxy, ranks)
     if arm.method.learns == "bilevel":
-        _check_bilevel(arm.config)
+        _check_bilevel(arm.config, ranks)
     if arm.method.learns == "ngrams":
         _check_words(arm.config)
 
 
-def _check_proxy(config: RunConfig, trains_proxy: bool) -> None:
+def _check_proxy(config: RunConfig, trains_proxy: bool, ranks: Ranks) -> None:
     tensor_parallel = config.proxy.tensor_parallel
     _check_model(config, "proxy")
-    _check_multiple("launch.nproc_per_node", config.launch.nproc_per_node, tensor_parallel, "proxy.tensor_parallel")
+    _check_multiple(ranks.proxy_name, ranks.proxy, tensor_parallel, "proxy.tensor_parallel")
     if trains_proxy:
         if config.warmup.proxy_steps == 0:
             raise UserError("warmup.proxy_steps is 0, but a method scores by the proxy: set it above 0")
-        _check_shared(config, "warmup.proxy_batch_size", config.warmup.proxy_batch_size)
+        _check_shared(config, "warmup.proxy_batch_size", config.warmup.proxy_batch_size, ranks)
 
 
 def _check_words(config: RunConfig) -> None:
@@ -81,7 +92,7 @@ def _check_words(config: RunConfig) -> None:
         )
 
 
-def _check_bilevel(config: RunConfig) -> None:
+def _check_bilevel(config: RunConfig, ranks: Ranks) -> None:
     bilevel = config.bilevel
     if bilevel.curvature == "exact" and config.proxy.tensor_parallel > 1:
         raise UserError(
@@ -93,8 +104,8 @@ def _check_bilevel(config: RunConfig) -> None:
             f"warmup.target_steps is 0, but the KL term (bilevel.gamma = {bilevel.gamma}) needs a target checkpoint; "
             "set bilevel.gamma to 0 or warmup.target_steps above 0"
         )
-    _check_shared(config, "bilevel.batch_size", bilevel.batch_size)
-    _check_shared(config, "bilevel.validation_batch_size", bilevel.validation_batch_size)
+    _check_shared(config, "bilevel.batch_size", bilevel.batch_size, ranks)
+    _check_shared(config, "bilevel.validation_batch_size", bilevel.validation_batch_size, ranks)
 
 
 def _check_model(config: RunConfig, name: str) -> None:
@@ -108,9 +119,11 @@ def _check_model(config: RunConfig, name: str) -> None:
         _check_multiple(f"{name}.model: {size}", value, settings.tensor_parallel, divisor)
 
 
-def _check_shared(config: RunConfig, key: str, batch_size: int) -> None:
-    ranks = config.launch.nproc_per_node // config.proxy.tensor_parallel
-    _check_multiple(key, batch_size, ranks, "the proxy's data-parallel ranks (launch.nproc_per_node / tensor_parallel)")
+def _check_shared(config: RunConfig, key: str, batch_size: int, ranks: Ranks) -> None:
+    shared_by = ranks.proxy // config.proxy.tensor_parallel
+    _check_multiple(
+        key, batch_size, shared_by, f"the proxy's data-parallel ranks ({ranks.proxy_name} / tensor_parallel)"
+    )
 
 
 def _check_multiple(key: str, value: int, divisor: int, of: str) -> None:

@@ -37,6 +37,9 @@ class Record:
     inputs: dict[str, str | None] = field(default_factory=dict)  # digests, by path inside the run where it is inside
     outputs: dict[str, str | None] = field(default_factory=dict)
     error: str = ""  # the last lines of the log of a failed stage
+    job: str | None = None  # number of the Slurm job, or array, that it runs in
+    furthest: int = 0  # progress that an attempt came to, in the units of its log
+    fruitless: int = 0  # attempts in a row that came no further
 
 
 def read_state(run_dir: Path) -> dict[str, Record]:
@@ -56,10 +59,19 @@ def set_record(run_dir: Path, name: str, record: Record) -> Record:
     return record
 
 
-def begin(run_dir: Path, stage: Stage, pid: int, log: Path, log_offset: int, inputs: dict[str, str | None]) -> Record:
+def begin(
+    run_dir: Path,
+    stage: Stage,
+    pid: int,
+    log: Path,
+    log_offset: int,
+    inputs: dict[str, str | None],
+    job: str | None = None,
+) -> Record:
     """Note that a stage runs as process `pid` of this machine.
 
     :param inputs: what `digests` said of its inputs before the process was started.
+    :param job: of Slurm, if it runs in one.
     """
     earlier = read_state(run_dir).get(stage.name, Record())
     record = Record(
@@ -71,7 +83,10 @@ def begin(run_dir: Path, stage: Stage, pid: int, log: Path, log_offset: int, inp
         log=_name(run_dir, log),
         log_offset=log_offset,
         inputs=inputs,
+        job=job,
     )
+    if earlier.status == "pending":  # it goes on
+        record = replace(record, furthest=earlier.furthest, fruitless=earlier.fruitless)
     return set_record(run_dir, stage.name, record)
 
 

@@ -13,13 +13,20 @@ from rich.text import Text
 from megatron_bliss.artifacts import RunPaths
 from megatron_bliss.config import read_saved_config
 from megatron_bliss.errors import UserError
-from megatron_bliss.orchestration import processes, state
+from megatron_bliss.orchestration import processes, slurm, slurm_queue, state
 from megatron_bliss.orchestration.logs import clock, last_reading, tail
 from megatron_bliss.orchestration.plan import Stage, plan
 from megatron_bliss.orchestration.state import Record
 
 _WIDTH = 140  # of the table where there is no terminal
-_STYLES = {"done": "green", "running": "cyan", "failed": "bold red", "interrupted": "yellow", "out of date": "yellow"}
+_STYLES = {
+    "done": "green",
+    "running": "cyan",
+    "failed": "bold red",
+    "interrupted": "yellow",
+    "stuck": "bold red",
+    "out of date": "yellow",
+}
 
 
 def show(run_dir: Path) -> None:
@@ -33,7 +40,8 @@ def show(run_dir: Path) -> None:
     if run_dir.parent.name == "controls" and RunPaths(above).state.exists():
         raise UserError(f"{run_dir} is a control arm; ask for the status of the run it belongs to, {above}")
     stages = plan(config, run_dir)
-    records = state.read_state(run_dir)
+    jobs = _Jobs(run_dir) if RunPaths(run_dir).slurm.exists() and slurm_queue.is_here() else None
+    records = state.read_state(run_dir)  # after the queue: what ended in between is seen as ended
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for column in ("stage", "state", "started", "took"):
         table.add_column(column, no_wrap=True)
@@ -41,7 +49,7 @@ def show(run_dir: Path) -> None:
     states = []
     for stage in stages:
         record = records.get(stage.name, Record())
-        standing, note = _standing(run_dir, stage, record)
+        standing, note = _standing(run_dir, stage, record, jobs)
         states.append(standing)
         figures = " | ".join(part for part in (note, _figures(run_dir, stage, record)) if part)
         table.add_row(stage.name, Text(standing, style=_STYLES.get(standing, "dim")), *_times(record), Text(figures))
@@ -49,16 +57,23 @@ def show(run_dir: Path) -> None:
     console.print(table)
     counts = [f"{states.count(standing)} {standing}" for standing in dict.fromkeys(states)]
     console.print(f"{run_dir}: {', '.join(counts)}", soft_wrap=True, highlight=False)
-    for name, record in records.items():
-        if record.status == "failed":
-            console.print(f"{name} failed; its log is {run_dir / (record.log or '')}", style="red", soft_wrap=True)
+    for stage, standing in zip(stages, states, strict=True):
+        if standing in ("failed", "interrupted") and (log := records[stage.name].log):
+            console.print(f"{stage.name} {standing}; its log is {run_dir / log}", style="red", soft_wrap=True)
+    if jobs is not None and not jobs.alive and states.count("done") < len(stages):
+        console.print(
+            "none of the run's jobs is left in Slurm's queue; `megatron-bliss submit` goes on", soft_wrap=True
+        )
 
 
-def _standing(run_dir: Path, stage: Stage, record: Record) -> tuple[str, str]:
+def _standing(run_dir: Path, stage: Stage, record: Record, jobs: "_Jobs | None") -> tuple[str, str]:
     """The stage's state in a word, and what there is to say about it."""
     if record.status == "done":
         why = state.why_not_done(run_dir, stage, record)
-        return ("done", "") if why is None else ("out of date", why)
+        if why is None or jobs is None:
+            return ("done", "") if why is None else ("out of date", why)
+    if jobs is not None and record.status != "failed" and (found := jobs.standing(stage.name, record)):
+        return found
     if record.status == "running":
         if record.host != socket.gethostname():
             return "running", f"on {record.host}"
@@ -91,3 +106,36 @@ def _figures(run_dir: Path, stage: Stage, record: Record) -> str:
         remaining = (time.time() - record.started) * (reading.total - reading.done) / reading.done
         parts.insert(1, f"ETA {clock(remaining)}")
     return " | ".join(part for part in parts if part)
+
+
+class _Jobs:
+    """What Slurm says of a run's jobs."""
+
+    def __init__(self, run_dir: Path) -> None:
+        jobs = slurm_queue.jobs(run_dir)
+        self.alive = [job for job in jobs if job.is_alive]
+        self._ended = {job.array: job.state for job in jobs if not job.is_alive}
+        self._submitted = slurm.submitted(run_dir)
+        numbers = [number for known in self._submitted.values() for number in known.jobs]
+        remembered = {job.array for job in jobs}
+        self._ended |= slurm_queue.ended_states([number for number in numbers if number not in remembered])
+
+    def standing(self, stage: str, record: Record) -> tuple[str, str] | None:
+        """State and note of a stage that has a job, or had one; None if that says nothing."""
+        alive = [job for job in self.alive if job.stage == stage]
+        running = [job for job in alive if job.state != "PENDING"]
+        if running:
+            where = ", ".join(f"job {job.id} on {job.nodes}" for job in running)
+            waiting = f", {len(alive) - len(running)} tasks wait" if len(alive) > len(running) else ""
+            return "running", where + waiting
+        if alive:
+            job = alive[0]
+            if job.reason == "DependencyNeverSatisfied":
+                return "stuck", f"job {job.array} waits for one that failed; `megatron-bliss submit` replaces it"
+            again = f"again, as {record.note}: " if record.note else ""
+            return "queued", f"{again}job {job.array} waits ({job.reason})"
+        if stage not in self._submitted:
+            return None
+        number = self._submitted[stage].jobs[-1]
+        how = f"job {number} is gone ({self._ended.get(number, 'Slurm has forgotten it')})"
+        return ("interrupted" if record.status == "running" else "pending"), how

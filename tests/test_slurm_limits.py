@@ -1,0 +1,86 @@
+"""What a chain of jobs asks for beside what there is, and what Slurm's commands print, by hand."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_bliss.errors import UserError
+from megatron_bliss.orchestration.plan import Stage
+from megatron_bliss.orchestration.slurm import Request
+from megatron_bliss.orchestration.slurm_limits import file_system, limit_problems
+from megatron_bliss.orchestration.slurm_queue import Partition, seconds
+
+
+@pytest.mark.parametrize(
+    ("time", "expected"),
+    [
+        ("30", 1800),
+        ("30:15", 1815),
+        ("24:00:00", 86400),
+        ("2-0", 172800),
+        ("1-02:30", 86400 + 9000),
+        ("1-00:00:01", 86401),
+        ("UNLIMITED", None),
+    ],
+)
+def test_time_limits(time: str, expected: int | None) -> None:
+    assert seconds(time) == expected
+
+
+def test_what_is_no_time_limit_is_refused() -> None:
+    with pytest.raises(UserError, match="'a day' is not a time limit"):
+        seconds("a day")
+
+
+MOUNTS = """\
+22 1 259:1 / / rw,relatime shared:1 - ext4 /dev/root rw
+30 22 0:26 / /tmp rw,nosuid shared:12 - tmpfs tmpfs rw
+31 22 0:40 / /lustre rw shared:13 - lustre 10.0.0.1@o2ib:/fs rw
+32 31 0:41 / /lustre/my\\040disk rw shared:14 - xfs /dev/sdb rw
+"""
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [("/home/me", "ext4"), ("/tmp/x", "tmpfs"), ("/lustre/runs", "lustre"), ("/lustre/my disk/run", "xfs")],
+)
+def test_the_file_system_of_a_path_is_that_of_the_innermost_mount(path: str, expected: str) -> None:
+    assert file_system(Path(path), MOUNTS) == expected
+    assert file_system(Path(path), "") == ""
+
+
+def request(*options: str) -> Request:
+    stage = Stage("round-0001/score", Path("/r"), ("score", "--run", "/r", "--round", "1"), 1, (), (), ())
+    return Request(stage, ("sbatch", *options, "/launch/score.sbatch", "/r", "1"), 8)
+
+
+PARTITIONS = [
+    Partition("small", num_nodes=4, max_nodes=2, max_seconds=3600, is_up=True, is_default=True),
+    Partition("large", num_nodes=64, max_nodes=None, max_seconds=None, is_up=True, is_default=False),
+]
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (("--nodes=2", "--time=60"), None),
+        (("--nodes=3", "--time=60"), "3 nodes, and a job may have 2 in partition small"),
+        (("--nodes=1", "--time=61"), "time limit 1:01:00, and partition small allows 1:00:00"),
+        (("--nodes=1",), "no time limit, and partition small allows 1:00:00"),
+        (("--nodes=64", "--partition=large"), None),
+        (("--nodes=1", "--time=60", "--partition=huge"), "no partition 'huge'; there are small, large"),
+        (("--nodes=1", "--time=60", "--partition=small,large"), None),
+        (("--nodes=1", "--time=60", "--array=0-99"), None),
+        (("--nodes=1", "--time=60", "--array=0-100"), "101 tasks, and MaxArraySize is 100"),
+        (("--nodes=3", "--time=60", "--nodes=2"), None),
+    ],
+)
+def test_what_slurm_would_refuse_or_never_start(options: tuple[str, ...], problem: str | None) -> None:
+    found = limit_problems([request(*options)], PARTITIONS, max_array_size=100)
+    assert len(found) == (problem is not None)
+    assert problem is None or problem in found[0]
+
+
+def test_a_command_gets_its_dependency_before_the_script() -> None:
+    words = request("--array=0-7").command(("afterok:1", "afterany:2"), num_tasks=3)
+    assert words[-5:] == ["--dependency=afterok:1,afterany:2", "--array=0-2", "/launch/score.sbatch", "/r", "1"]
