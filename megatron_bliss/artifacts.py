@@ -53,6 +53,11 @@ class RunPaths:
         return self.root / "inventory.json"
 
     @property
+    def contamination(self) -> Path:
+        """What of the validation sets stands in the pool."""
+        return self.root / "contamination.json"
+
+    @property
     def logs(self) -> Path:
         return self.root / "logs"
 

@@ -81,7 +81,10 @@ _POSITIVE_IF_GIVEN = (
     "launch.slurm.stop_margin",
     "launch.slurm.max_attempts",
 )
-_NOT_NEGATIVE = ("warmup.target_steps", "warmup.proxy_steps", "evaluation.decay_steps", "data.held_out")
+_NOT_NEGATIVE = (
+    *("warmup.target_steps", "warmup.proxy_steps", "evaluation.decay_steps"),
+    *("data.held_out", "data.contamination_tokens"),
+)
 _Rule = tuple[tuple[str, ...], Callable[[Any], bool], str]
 _RULES: tuple[_Rule, ...] = (
     (_POSITIVE, lambda value: value > 0, "must be above 0"),

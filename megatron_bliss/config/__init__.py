@@ -8,6 +8,7 @@ from megatron_bliss.config.comparison import Comparison, load_comparison
 from megatron_bliss.config.controls import control_config
 from megatron_bliss.config.data import DataConfig, DomainConfig, TokenizerConfig, ValidationSetConfig
 from megatron_bliss.config.files import differences, load_config, load_online_config, read_saved_config, save_config
+from megatron_bliss.config.guards import GuardsConfig
 from megatron_bliss.config.launch import JobConfig, LaunchConfig, SlurmConfig
 from megatron_bliss.config.methods import BILEVEL_PRESETS, BilevelConfig, DsirConfig, PerplexityConfig
 from megatron_bliss.config.models import EvaluationConfig, ModelConfig, ProxyConfig, TargetConfig, WarmupConfig
@@ -24,6 +25,7 @@ __all__ = [
     "DomainConfig",
     "DsirConfig",
     "EvaluationConfig",
+    "GuardsConfig",
     "JobConfig",
     "LaunchConfig",
     "ModelConfig",

@@ -48,6 +48,7 @@ class DataConfig:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     sequence_length: int = 1024  # tokens a training sample
     held_out: int = 200  # sequences a domain kept out of every slice, for the loss per domain
+    contamination_tokens: int = 50_000_000  # of the pool that validation sets are looked for in; 0: they are not
 
     @property
     def validation_prefixes(self) -> dict[str, str]:

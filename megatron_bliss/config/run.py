@@ -8,6 +8,7 @@ from omegaconf import MISSING
 
 from megatron_bliss.artifacts import RunPaths
 from megatron_bliss.config.data import DataConfig
+from megatron_bliss.config.guards import GuardsConfig
 from megatron_bliss.config.launch import LaunchConfig
 from megatron_bliss.config.methods import BilevelConfig, DsirConfig, PerplexityConfig
 from megatron_bliss.config.models import EvaluationConfig, ProxyConfig, TargetConfig, WarmupConfig
@@ -44,6 +45,7 @@ class RunConfig:
     selection: SelectionConfig = field(default_factory=SelectionConfig)
     online: OnlineConfig = field(default_factory=OnlineConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    guards: GuardsConfig = field(default_factory=GuardsConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     controls: list[ControlConfig] = field(default_factory=list)
 

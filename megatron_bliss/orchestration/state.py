@@ -165,8 +165,9 @@ def digest(path: Path) -> str | None:
 def prepare(config: RunConfig, run_dir: Path) -> None:
     """Write `run.yaml` of the run and of its control arms, or make sure that they say what they said before.
 
-    How stages are launched (`launch.*`) is the machine's business and may change. Control arms may be added, and those
-    left out are no longer looked at: none of them depends on another.
+    How stages are launched (`launch.*`) is the machine's business and may change; guards (`guards.*`) may, for stages
+    that are still to be done. Control arms may be added, and those left out are no longer looked at: none of them
+    depends on another.
 
     :raises UserError: naming every other setting that changed, or an output that is not what its stage wrote: called
         again, a stage would take it for its own and leave it.
@@ -179,7 +180,7 @@ def prepare(config: RunConfig, run_dir: Path) -> None:
                 "a new run with --run DIR"
             )
     for arm in all_arms:
-        if not arm.paths.config.exists() or read_saved_config(arm.paths.config).controls != arm.config.controls:
+        if not arm.paths.config.exists() or _is_to_be_saved(arm):
             save_config(arm.config, arm.paths.config)
     records = read_state(run_dir)
     for stage in plan(config, run_dir):
@@ -190,12 +191,19 @@ def prepare(config: RunConfig, run_dir: Path) -> None:
             )
 
 
+def _is_to_be_saved(arm: Arm) -> bool:
+    """Whether a setting that may change has, and stages read it."""
+    saved = read_saved_config(arm.paths.config)
+    return saved.controls != arm.config.controls or saved.guards != arm.config.guards
+
+
 def _changed_settings(arm: Arm) -> list[str]:
     """What is no longer as an arm was started with."""
     if not arm.paths.config.exists():
         return []
     saved = read_saved_config(arm.paths.config)
-    return differences(replace(saved, launch=arm.config.launch, controls=arm.config.controls), arm.config)
+    now = arm.config
+    return differences(replace(saved, launch=now.launch, controls=now.controls, guards=now.guards), now)
 
 
 def _name(run_dir: Path, path: Path) -> str:

@@ -1,13 +1,17 @@
 """`report.json`: all that the report shows, finished or not. The page is made from it and from nothing else."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from megatron_bliss.artifacts import RunPaths, read_json
+from megatron_bliss.data.inventory import Inventory
 from megatron_bliss.report.collect import ArmFiles, Point, RoundFiles, collect
 from megatron_bliss.report.curves import columns
 from megatron_bliss.report.ledger import ledger
 from megatron_bliss.report.rounds import selections
 from megatron_bliss.report.summary import summary
+from megatron_bliss.report.warnings import warnings
 
 
 def report_facts(run_dir: Path, result: dict[str, Any] | None) -> dict[str, Any]:
@@ -19,7 +23,7 @@ def report_facts(run_dir: Path, result: dict[str, Any] | None) -> dict[str, Any]
     run = collect(run_dir)
     config = run.config
     main, found = run.arms[0], selections(run.run_dir)
-    return {
+    facts: dict[str, Any] = {
         "schema": 1,
         "name": run.run_dir.name,
         "method": config.method,
@@ -37,7 +41,30 @@ def report_facts(run_dir: Path, result: dict[str, Any] | None) -> dict[str, Any]
         "arms": {files.name: _arm(files) for files in run.arms},
         "rounds": [_round(entry, found.get(entry.number)) for entry in main.rounds],
         "ledger": ledger(run),
+        "validation_sets": _validation_sets(main.arm.paths),
+        "guards": asdict(config.guards),
     }
+    return facts | {"warnings": warnings(facts)}
+
+
+def _validation_sets(paths: RunPaths) -> dict[str, dict[str, Any]]:
+    """By name: how large they are, and what of them stands in the pool, as far as it was looked for. Empty before the
+    inventory.
+
+    contaminated_share      of the set, in the whole pool: what was found by the share of the pool that was read, None
+                            where less than two sequences were found
+    """
+    if not paths.inventory.exists():
+        return {}
+    looked = read_json(paths.contamination)["sets"] if paths.contamination.exists() else {}
+    found = {}
+    for name, record in Inventory.read(paths.inventory).validation.items():
+        one = dict.fromkeys(("found", "read_tokens", "pool_tokens"), 0) | looked.get(name, {})
+        share = None
+        if one["found"] > 1:
+            share = min(one["found"] / record.num_sequences * one["pool_tokens"] / one["read_tokens"], 1.0)
+        found[name] = one | {"num_sequences": record.num_sequences, "contaminated_share": share}
+    return found
 
 
 def _arm(files: ArmFiles) -> dict[str, Any]:

@@ -3,12 +3,13 @@
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_bliss.artifacts import RunPaths
+from megatron_bliss.artifacts import RunPaths, read_json, write_json
 from megatron_bliss.config import RunConfig, read_saved_config
+from megatron_bliss.data.contamination import LENGTH, contamination
 from megatron_bliss.data.inventory import Inventory
 from megatron_bliss.data.shard_checks import beyond_vocabulary
 from megatron_bliss.data.shards import Shard, ShardRecord, take_inventory, verify_shard
-from megatron_bliss.data.validation import mask_digest, verify_mask
+from megatron_bliss.data.validation import ValidationSet, mask_digest, verify_mask
 from megatron_bliss.errors import UserError
 
 _SAMPLED_SEQUENCES = 1000  # of each shard, for the check of token ids
@@ -20,6 +21,7 @@ def run(run_dir: Path) -> None:
     :raises UserError: for a bad shard, token ids beyond the vocabulary, mixed dtypes, or a shard listed twice.
     """
     paths = RunPaths(Path(run_dir))
+    config = read_saved_config(paths.config)
     if paths.inventory.exists():
         inventory = Inventory.read(paths.inventory)
         for record in inventory.records:
@@ -27,10 +29,34 @@ def run(run_dir: Path) -> None:
         for record in filter(None, (*inventory.validation.values(), inventory.test)):
             verify_mask(record)
     else:
-        inventory = collect(read_saved_config(paths.config))
+        inventory = collect(config)
         inventory.write(paths.inventory)
     num_tokens = sum(record.num_tokens for record in inventory.pool)
     print(f"[inventory] {len(inventory.pool)} shards in the pool, {num_tokens / 1e6:.1f}M tokens", flush=True)
+    if config.data.contamination_tokens:
+        look_for_contamination(paths.contamination, inventory, config.data.contamination_tokens)
+
+
+def look_for_contamination(path: Path, inventory: Inventory, max_tokens: int) -> None:
+    """Write what of the validation sets stands in the pool, unless that was done on the same data.
+
+    :param max_tokens: of the pool that are read.
+    """
+    if path.exists() and read_json(path)["inventory"] == inventory.digest:
+        return
+    pool = [Shard(record.prefix) for record in inventory.pool]
+    sets = {
+        name: contamination(pool, ValidationSet.open(record.prefix), max_tokens)
+        for name, record in inventory.validation.items()
+    }
+    write_json(path, {"schema": 1, "inventory": inventory.digest, "sets": sets})
+    for name, found in sets.items():
+        share = found["read_tokens"] / max(found["pool_tokens"], 1)
+        print(
+            f"[inventory] {found['found']} of {found['num_sequences']} sequences of the set {name}: most of their "
+            f"{LENGTH}-grams stand in the {share:.1%} of the pool that were looked at",
+            flush=True,
+        )
 
 
 def collect(config: RunConfig) -> Inventory:
