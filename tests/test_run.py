@@ -12,17 +12,7 @@ import numpy as np
 import pytest
 
 from megatron_bliss.artifacts import digest_file
-from tests.tiny_run import command, megatron_bliss, tiny_config
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Settings and directory of an undisturbed two-round run with a random control."""
-    folder = tmp_path_factory.mktemp("run")
-    settings, run = tiny_config(folder), folder / "run"
-    done = megatron_bliss("run", settings, "--run", run)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return settings, run
+from tests.tiny_run import command, megatron_bliss
 
 
 def outcome(run: Path) -> dict[str, object]:

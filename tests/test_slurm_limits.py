@@ -4,11 +4,13 @@ from pathlib import Path
 
 import pytest
 
+from megatron_bliss.config import JobConfig, LaunchConfig, SlurmConfig
 from megatron_bliss.errors import UserError
 from megatron_bliss.orchestration.plan import Stage
-from megatron_bliss.orchestration.slurm import Request
-from megatron_bliss.orchestration.slurm_limits import file_system, limit_problems
+from megatron_bliss.orchestration.slurm import Request, requests
+from megatron_bliss.orchestration.slurm_limits import directory_problems, file_system, limit_problems, rank_problems
 from megatron_bliss.orchestration.slurm_queue import Partition, seconds
+from tests.fake_run import fake_config
 
 
 @pytest.mark.parametrize(
@@ -84,3 +86,39 @@ def test_what_slurm_would_refuse_or_never_start(options: tuple[str, ...], proble
 def test_a_command_gets_its_dependency_before_the_script() -> None:
     words = request("--array=0-7").command(("afterok:1", "afterany:2"), num_tasks=3)
     assert words[-5:] == ["--dependency=afterok:1,afterany:2", "--array=0-2", "/launch/score.sbatch", "/r", "1"]
+
+
+def test_resources_by_round_reach_the_jobs(tmp_path: Path) -> None:
+    pretrain = JobConfig(nodes=[4, 8, 16], gpus=4, partition="large", sbatch=["--exclusive", "--mem=0"])
+    config = fake_config(
+        rounds=3, controls=[], launch=LaunchConfig(slurm=SlurmConfig(pretrain=pretrain, account="llm"))
+    )
+    config.target.tensor_parallel = 2
+    asked = {each.stage.name: each for each in requests(config, tmp_path)}
+    names = ("warmup-target", *(f"round-{number:04d}/pretrain" for number in (1, 2, 3)))
+    assert [asked[name].num_nodes for name in names] == [4, 8, 16, 16]
+    assert asked["round-0002/pretrain"].num_ranks == 64
+    words = asked["round-0002/pretrain"].words
+    assert {"--account=llm", "--exclusive", "--mem=0", "CUDA_DEVICE_MAX_CONNECTIONS=1"} <= set(words)
+    select = asked["round-0002/select"]
+    assert (select.partition, select.num_ranks, "--account=llm" in select.words) == (None, 1, True)
+
+
+def test_ranks_that_cannot_share_a_batch_are_refused_before_anything_is_submitted(tmp_path: Path) -> None:
+    jobs = {"side": JobConfig(gpus=8), "evaluate": JobConfig(gpus=8)}
+
+    def problems(nodes: int) -> list[str]:
+        slurm = SlurmConfig(pretrain=JobConfig(nodes=[nodes], gpus=8), **jobs)
+        config = fake_config(controls=[], launch=LaunchConfig(slurm=slurm))
+        return rank_problems(config, tmp_path, requests(config, tmp_path))
+
+    assert problems(8) == []  # 512 sequences, 8 a micro-batch
+    assert problems(3) == [
+        "target.global_batch_size is 512; it must be a multiple of 192, target.micro_batch_size × data-parallel ranks"
+    ]
+
+
+def test_a_directory_of_this_host_alone_is_refused(tmp_path: Path) -> None:
+    (problem,) = directory_problems(fake_config(), Path("/tmp/run"))
+    assert "/tmp/run is under /tmp, which other nodes do not see; give a directory on a shared file system" in problem
+    assert not directory_problems(fake_config(launch=LaunchConfig(slurm=SlurmConfig(is_shared=True))), Path("/tmp/run"))

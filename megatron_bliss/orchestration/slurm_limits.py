@@ -27,7 +27,7 @@ _WIDTH = 140  # of the table where there is no terminal
 
 def check_all(config: RunConfig, run_dir: Path, asked: list[Request]) -> None:
     """:raises UserError: naming all that cannot work, or that Slurm would never start."""
-    problems = [*_directory_problems(config, run_dir), *_rank_problems(config, run_dir, asked)]
+    problems = [*directory_problems(config, run_dir), *rank_problems(config, run_dir, asked)]
     if slurm_queue.is_here():
         problems += limit_problems(asked, slurm_queue.partitions(), slurm_queue.max_array_size())
     else:
@@ -36,7 +36,7 @@ def check_all(config: RunConfig, run_dir: Path, asked: list[Request]) -> None:
         raise UserError("; ".join(dict.fromkeys(problems)))
 
 
-def _directory_problems(config: RunConfig, run_dir: Path) -> list[str]:
+def directory_problems(config: RunConfig, run_dir: Path) -> list[str]:
     if config.launch.slurm.is_shared:
         return []
     kind = file_system(run_dir, Path("/proc/self/mountinfo").read_text() if sys.platform == "linux" else "")
@@ -64,7 +64,7 @@ def file_system(path: Path, mounts: str) -> str:
     return kind
 
 
-def _rank_problems(config: RunConfig, run_dir: Path, asked: list[Request]) -> list[str]:
+def rank_problems(config: RunConfig, run_dir: Path, asked: list[Request]) -> list[str]:
     """Layouts and batch sizes beside the ranks that each kind of stage has in each round."""
     with_target = {each.num_ranks for each in asked if each.script in ("pretrain", "evaluate")}
     with_proxy = {each.num_ranks for each in asked if each.script == "bilevel"} or {config.proxy.tensor_parallel}

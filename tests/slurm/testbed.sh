@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # testbed.sh: a real, throw-away Slurm (munged, slurmctld, a slurmd a virtual node) on one Linux host.
 #
-#   testbed.sh up DIR [KEY=VALUE…]   start it: NODES=2 GPUS=4 NET=loopback REQUEUE=2 (seconds before a requeued job starts)
+#   testbed.sh up DIR [KEY=VALUE…]   start it: NODES=2 GPUS=4 NET=loopback REQUEUE=5 (seconds before a requeued job starts; Slurm takes less than 5 for 120)
 #   testbed.sh down DIR              end its jobs and daemons, remove DIR
 #   testbed.sh exec DIR NODE CMD…    a command inside a node, as ssh would run it
 #   testbed.sh start DIR NAME        start a daemon again after it was killed: n1, n2, … or ctl
@@ -13,7 +13,7 @@ PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:$PATH
 COMMAND=${1:-} DIR=${2:-}
 [ -n "$DIR" ] || { sed -n '2,/^set/{s/^# \{0,1\}//p}' "$0"; exit 2; }
 shift 2
-NODES=2 GPUS=4 NET=loopback REQUEUE=2
+NODES=2 GPUS=4 NET=loopback REQUEUE=5
 ID=$(printf %s "$DIR" | cksum | cut -d' ' -f1) # what tells one testbed from another on a host
 CONF=$DIR/slurm.conf BRIDGE=stb$((ID % 100000))
 # Every daemon has this marker in an environment that is bare otherwise, so that nothing else is ever signalled.
