@@ -171,7 +171,7 @@ def experiment_config(experiment: Experiment, corpus: experiment_corpus.Prepared
         bilevel=settings.BilevelConfig(
             outer_steps=60, micro_batch_size=32, lr_proxy=1e-3, lr_score=1e-3, checkpoint_interval=20,
             # what the README's figures were made with: sixty steps are too few for an average over a hundred
-            curvature="finite-difference", gradient_average=0.9,
+            curvature="finite-difference", gradient_average=0.9, solve_interval=1,
         ),
         scoring=settings.ScoringConfig(batch_tokens=4096, chunk_sequences=4096),
         evaluation=settings.EvaluationConfig(decay_steps=24, max_sequences=160, curve=True),

@@ -54,6 +54,7 @@ _POSITIVE = (
     "bilevel.batch_size",
     "bilevel.validation_batch_size",
     "bilevel.micro_batch_size",
+    "bilevel.solve_interval",
     "bilevel.z_steps",
     "bilevel.kl_top_k",
     "bilevel.checkpoint_interval",

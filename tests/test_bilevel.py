@@ -1,6 +1,8 @@
 """The bilevel mathematics on toy problems, against dense linear algebra and brute force in float64."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -432,11 +434,15 @@ def test_learning_rate_schedule() -> None:
     assert lr_factor(0, 3, 0.0) == 1
 
 
-def make_loop(curvature: str, solver: str, weights: str = "softmax", inner_steps: int = 1) -> BilevelLoop[Samples]:
+def make_loop(
+    curvature: str, solver: str, weights: str = "softmax", inner_steps: int = 1, solve_interval: int = 1
+) -> BilevelLoop[Samples]:
     lower, upper = ToyLower(D, C, width=5, dtype=torch.float32), ToyUpper(D, dtype=torch.float32)
     settings = LoopSettings(
         20,
         inner_steps,
+        solve_first=1,
+        solve_interval=solve_interval,
         ridge=RIDGE,
         weights=weights,  # type: ignore[arg-type]
     )
@@ -456,29 +462,60 @@ def step(loop: BilevelLoop[Samples], index: int) -> dict[str, float]:
 
 
 @pytest.mark.parametrize(
-    ("curvature", "solver", "weights", "inner_steps"),
+    "case",
     [
         ("finite-difference", "averaged", "softmax", 1),
         ("finite-difference", "averaged", "naive", 3),
         ("none", "averaged", "softmax", 1),
         ("gauss-newton", "averaged", "softmax", 2),
+        ("gauss-newton", "averaged", "softmax", 1, 2),
         ("gauss-newton", "conjugate-gradient", "softmax", 1),
         ("exact", "paper", "softmax", 2),
+        ("exact", "paper", "softmax", 1, 4),
     ],
+    ids=str,
 )
-def test_a_resumed_loop_gives_the_same_numbers(curvature: str, solver: str, weights: str, inner_steps: int) -> None:
-    whole = make_loop(curvature, solver, weights, inner_steps)
+def test_a_resumed_loop_gives_the_same_numbers(case: tuple[Any, ...]) -> None:
+    whole = make_loop(*case)
     expected = [step(whole, index) for index in range(6)]
-    first = make_loop(curvature, solver, weights, inner_steps)
+    first = make_loop(*case)
     assert [step(first, index) for index in range(3)] == expected[:3]
     saved = [{name: [p.clone() for p in vector] for name, vector in part.items()} for part in first.vectors()]
-    second = make_loop(curvature, solver, weights, inner_steps)
+    second = make_loop(*case)
     second.load(saved[0], saved[1], first.scalars())
     assert [step(second, index) for index in range(3, 6)] == expected[3:]
     for one, other in zip(whole.lower.space.masters, second.lower.space.masters, strict=True):
         assert torch.equal(one, other)
     assert expected[-1]["weight_entropy"] <= torch.tensor(float(N)).log().item() + 1e-6
     assert all(torch.isfinite(torch.tensor(list(metrics.values()))).all() for metrics in expected)
+
+
+@pytest.mark.parametrize(("curvature", "solver"), [("gauss-newton", "averaged"), ("finite-difference", "paper")])
+def test_between_its_updates_z_is_used_as_it_is(curvature: str, solver: str) -> None:
+    rare, often = (make_loop(curvature, solver, solve_interval=interval) for interval in (3, 1))
+    assert step(rare, 0) == step(often, 0)
+    z = [part.clone() for part in rare.solver.z]
+    for index in (1, 2):
+        assert not rare.solves_next
+        masters = [part.clone() for part in rare.lower.space.masters]
+        pool = make_samples(N, D, C, 10 + index, torch.float32)
+        metrics = rare.step([pool], [])
+        assert "validation_loss" not in metrics
+        assert metrics["score_gradient_norm"] > 0
+        assert all(torch.equal(one, other) for one, other in zip(rare.solver.z, z, strict=True))
+        assert not all(torch.equal(*pair) for pair in zip(masters, rare.lower.space.masters, strict=True))
+    assert rare.solves_next
+    assert "validation_loss" in step(rare, 3)
+    assert not all(torch.equal(one, other) for one, other in zip(rare.solver.z, z, strict=True))
+
+
+def test_z_is_updated_in_the_first_steps_and_then_now_and_then() -> None:
+    loop = make_loop("none", "averaged")
+    loop.settings = replace(loop.settings, solve_first=5, solve_interval=4)
+    updates = []
+    for loop.steps_done in range(14):
+        updates.append(loop.solves_next)
+    assert [number for number, is_update in enumerate(updates) if is_update] == [0, 1, 2, 3, 4, 8, 12]
 
 
 def test_no_curvature_still_reports_everything() -> None:

@@ -1,7 +1,8 @@
 """The bilevel loop (arXiv 2510.06048, algorithm 1): one object that takes outer steps and can be stopped and resumed.
 
-An outer step sees a global batch of the pool and one of each validation set, and makes T AdamW steps on the proxy, an
-update of z and one AdamW step on the score model.
+An outer step makes T AdamW steps on the proxy and one on the score model, for a global batch of the pool. The first
+`solve_first` ones and then every `solve_interval`-th see a global batch of each validation set too and update z; the
+others use the z that is there, and save the validation gradient and the curvature product.
 """
 
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_bliss.bilevel.curvature import Curvature, Pool
+from megatron_bliss.bilevel.curvature import Curvature, NoCurvature, Pool
 from megatron_bliss.bilevel.hypergradient import directional_derivatives, score_gradient, score_logits
 from megatron_bliss.bilevel.levels import LowerLevel, UpperLevel
 from megatron_bliss.bilevel.objective import (
@@ -33,6 +34,8 @@ class LoopSettings:
 
     outer_steps: int
     inner_steps: int = 1
+    solve_first: int = 0  # outer steps to begin with that all update z
+    solve_interval: int = 1  # outer steps from one update to the next after them
     lr_warmup_fraction: float = 0.1
     ridge: float = 1e-6  # λ
     weights: Weights = "softmax"
@@ -43,10 +46,9 @@ class _Outcome(NamedTuple):
 
     losses: Tensor  # L_i, [local]
     kl: Tensor
-    upper: Upper
     derivatives: Tensor  # g_i, [local]
-    solution: Solution
     norms: list[Tensor]  # of the proxy's gradients, before clipping
+    solved: tuple[Upper, Solution] | None  # f, and how z was updated; None where z is that of before
 
 
 class BilevelLoop[Batch]:
@@ -72,11 +74,17 @@ class BilevelLoop[Batch]:
         self.set_weights = set_weights or SetWeights({"validation": 1.0}, 0.0, device)
         self.steps_done = 0
 
+    @property
+    def solves_next(self) -> bool:
+        """Whether the next step updates z, for which it needs a batch of each validation set."""
+        settings = self.settings
+        return self.steps_done < settings.solve_first or self.steps_done % settings.solve_interval == 0
+
     def step(self, batches: Sequence[Batch], *validation: Sequence[Batch]) -> dict[str, float]:
         """One outer step.
 
         :param batches: this rank's micro-batches of the pool.
-        :param validation: this rank's micro-batches of each validation set.
+        :param validation: this rank's micro-batches of each validation set; not looked at unless `solves_next`.
         :returns: metrics, equal on all ranks but for rounding.
         """
         factor = lr_factor(self.steps_done, self.settings.outer_steps, self.settings.lr_warmup_fraction)
@@ -101,11 +109,15 @@ class BilevelLoop[Batch]:
     def _simultaneous(self, pool: Pool[Batch], validation: Sequence[Sequence[Batch]], factor: float) -> _Outcome:
         """All directions from one point and one z (SOBA, arXiv 2201.13409): the last inner step shares its gradient."""
         norms = [self.proxy_optimizer.step(pool.gradient()[0], factor) for _ in range(self.settings.inner_steps - 1)]
-        upper = self._validation(validation)
-        evaluation = self.curvature.evaluate(pool, self.solver.z)
-        solution = self.solver.step(lambda v: self.curvature.product(pool, v), evaluation.product)
+        solved = None
+        if self.solves_next:
+            value = self._validation(validation)
+            evaluation = self.curvature.evaluate(pool, self.solver.z)
+            solved = value, self.solver.step(lambda v: self.curvature.product(pool, v), evaluation.product)
+        else:
+            evaluation = NoCurvature().evaluate(pool, self.solver.z)
         norms.append(self.proxy_optimizer.step(evaluation.gradient, factor))
-        return _Outcome(evaluation.losses, evaluation.kl, upper, evaluation.derivatives, solution, norms)
+        return _Outcome(evaluation.losses, evaluation.kl, evaluation.derivatives, norms, solved)
 
     def _sequential(self, pool: Pool[Batch], validation: Sequence[Sequence[Batch]], factor: float) -> _Outcome:
         """Inner steps, then z at the point they reach, then g_i along it: the order of the paper."""
@@ -113,10 +125,12 @@ class BilevelLoop[Batch]:
         for _ in range(self.settings.inner_steps):
             inner_gradient, losses, kl = pool.gradient()
             norms.append(self.proxy_optimizer.step(inner_gradient, factor))
-        upper = self._validation(validation)
-        solution = self.solver.step(lambda v: self.curvature.product(pool, v))
+        solved = None
+        if self.solves_next:
+            value = self._validation(validation)
+            solved = value, self.solver.step(lambda v: self.curvature.product(pool, v))
         derivatives = directional_derivatives(pool.level, pool.batches, self.solver.z)
-        return _Outcome(losses, kl, upper, derivatives, solution, norms)
+        return _Outcome(losses, kl, derivatives, norms, solved)
 
     def _validation(self, sets: Sequence[Sequence[Batch]]) -> Upper:
         """f over the global validation batches; its gradient goes to the solver."""
@@ -128,7 +142,7 @@ class BilevelLoop[Batch]:
         return self.set_weights.take_in(group_sum_(torch.stack(losses), self._dp_group))
 
     def _metrics(self, logits: Tensor, weights: Tensor, outcome: _Outcome, score_norm: Tensor) -> dict[str, float]:
-        losses, solution = outcome.losses, outcome.solution
+        losses = outcome.losses
         unsound = ~torch.isfinite(torch.stack([*outcome.norms, score_norm]))
         group = self._dp_group
         sums = torch.stack([torch.ones_like(logits).sum(), logits.sum(), logits.square().sum(), losses.sum()]).double()
@@ -137,19 +151,20 @@ class BilevelLoop[Batch]:
         figures = {
             "train_loss": loss / count,
             "weighted_loss": weighted / weight,
-            "validation_loss": outcome.upper.value,
             "kl": outcome.kl,
             "weight_entropy": entropy(weights, group),
-            "z_norm": solution.norm,
-            "residual": solution.residual,
-            "contained": solution.contained + unsound.sum(),  # solver steps and gradients that were not used
+            "contained": unsound.double().sum(),  # solver steps and gradients that were not used
             "score_mean": total / count,
             "score_std": (squares / count - (total / count).square()).clamp_min(0).sqrt(),
             "score_gradient_norm": score_norm,
         }
-        if len(names := self.set_weights.names) > 1:
-            figures |= {f"validation_loss/{name}": outcome.upper.losses[i] for i, name in enumerate(names)}
-            figures |= {f"validation_weight/{name}": outcome.upper.weights[i] for i, name in enumerate(names)}
+        if outcome.solved is not None:
+            upper, solution = outcome.solved
+            figures |= {"validation_loss": upper.value, "z_norm": solution.norm, "residual": solution.residual}
+            figures["contained"] = figures["contained"] + solution.contained
+            if len(names := self.set_weights.names) > 1:
+                figures |= {f"validation_loss/{name}": upper.losses[i] for i, name in enumerate(names)}
+                figures |= {f"validation_weight/{name}": upper.weights[i] for i, name in enumerate(names)}
         numbers = torch.stack([figure.detach().double() for figure in figures.values()]).tolist()  # waits, once a step
         return dict(zip(figures, numbers, strict=True))
 

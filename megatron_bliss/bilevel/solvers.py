@@ -253,7 +253,7 @@ class Paper:
         return Solution(space.norm(self.z), residual, (~is_sound).to(start.dtype))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"vectors": {}, "scalars": {}}
+        return {"vectors": {"z": self.z}, "scalars": {}}  # outer steps may use it before the next update
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
+        self.z = list(state["vectors"]["z"])

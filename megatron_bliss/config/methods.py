@@ -31,11 +31,18 @@ class BilevelConfig:
     curvature: str = "gauss-newton"  # none | finite-difference | gauss-newton | exact (TP 1, plain torch ops)
     solver: str = "averaged"  # averaged: warm-started, running average of ∇f | conjugate-gradient: the same, z_steps
     # iterations of it, for curvature gauss-newton | paper: restarted from a constant
-    z_steps: int = 1  # steps on the linear system in each outer step
+    solve_interval: int = 4  # outer steps from one update of z to the next, once the average below is full (the first
+    # 1 / (1 - gradient_average) steps all update it); the others need no validation batch and no product
+    z_steps: int = 1  # steps on the linear system in each update
     z_lr: float = 0.05
     damping: float = 1.0  # δ
     gradient_average: float = 0.99  # β of the running average of ∇f; 0 uses the last batch alone
     checkpoint_interval: int = 100  # outer steps
+
+    @property
+    def solve_first(self) -> int:
+        """Outer steps to begin with that all update z: as many as the running average is over."""
+        return round(1 / (1 - self.gradient_average))
 
     @property
     def uses_cached_target(self) -> bool:
@@ -67,7 +74,8 @@ class DsirConfig:
 BILEVEL_PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "paper": {
-        "curvature": "exact", "solver": "paper", "z_steps": 3, "z_lr": 1e-2, "damping": 1e-2, "gradient_average": 0.0,
-        "lr_proxy": 1e-5, "lr_score": 1e-5, "inner_steps": 1, "kl_direction": "target_proxy", "weights": "softmax",
+        "curvature": "exact", "solver": "paper", "solve_interval": 1, "z_steps": 3, "z_lr": 1e-2,
+        "damping": 1e-2, "gradient_average": 0.0, "lr_proxy": 1e-5, "lr_score": 1e-5, "inner_steps": 1,
+        "kl_direction": "target_proxy", "weights": "softmax",
     },
 }  # fmt: skip

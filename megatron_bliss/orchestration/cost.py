@@ -12,7 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from megatron_bliss.config import RunConfig
+from megatron_bliss.config import BilevelConfig, RunConfig
 from megatron_bliss.data.shards import Shard
 from megatron_bliss.data.target_cache import bytes_per_token
 from megatron_bliss.errors import UserError
@@ -138,7 +138,21 @@ def _offered(config: RunConfig, pool: PoolSize | None) -> PoolSize | None:
 
 
 def bilevel_flops_per_step(config: RunConfig) -> float:
-    """Of one outer step: inner steps, curvature products, g_i, validation gradient, target and score model."""
+    """Of one outer step: a mean over those that update z and those that do not, which have no curvature product and no
+    validation batch."""
+    idle = replace(config, bilevel=replace(config.bilevel, curvature="none", validation_batch_size=0))
+    share = _solving_steps(config.bilevel) / config.bilevel.outer_steps
+    return share * _flops_of_step(config) + (1 - share) * _flops_of_step(idle)
+
+
+def _solving_steps(bilevel: BilevelConfig) -> int:
+    """Outer steps of a round that update z."""
+    first = min(bilevel.solve_first, bilevel.outer_steps)
+    return first + sum(step % bilevel.solve_interval == 0 for step in range(first, bilevel.outer_steps))
+
+
+def _flops_of_step(config: RunConfig) -> float:
+    """Of inner steps, curvature products, g_i, validation gradient, target and score model."""
     bilevel, length = config.bilevel, config.data.sequence_length
     batch = bilevel.batch_size * length * _training_flops_per_token(config, proxy=True)
     validation = _validation_batch(config) * length * _training_flops_per_token(config, proxy=True)
@@ -218,7 +232,8 @@ def _warmup_proxy(config: RunConfig) -> Cost:
 
 
 def _bilevel(config: RunConfig) -> Cost:
-    sequences = config.bilevel.outer_steps * (config.bilevel.batch_size + _validation_batch(config))
+    bilevel = config.bilevel
+    sequences = bilevel.outer_steps * bilevel.batch_size + _solving_steps(bilevel) * _validation_batch(config)
     flops = config.bilevel.outer_steps * bilevel_flops_per_step(config)
     vectors = 2 * 4 * resolve(config.proxy.model).num_parameters(config.data.tokenizer.vocab_size)  # z, averaged ∇f
     disk = 2 * _checkpoint_bytes(config, proxy=True) + vectors  # proxy and score model

@@ -188,9 +188,10 @@ def bilevel_curves(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
             axes = figure.subplots()
             for entry, colour in zip(rounds, colours(len(rounds)), strict=True):
                 if key in entry["bilevel"]:
-                    values = [math.nan if x is None else x for x in entry["bilevel"][key]]
+                    pairs = zip(entry["bilevel"]["step"], entry["bilevel"][key], strict=True)
+                    points = [(step, value) for step, value in pairs if value is not None]  # not all are of every step
                     label = f"round {entry['round']}"
-                    axes.plot(entry["bilevel"]["step"], values, linewidth=1, color=colour, label=label)
+                    axes.plot(*zip(*points, strict=True), linewidth=1, color=colour, label=label)
             axes.set_xlabel("outer steps")
             if len(rounds) > 1:
                 axes.legend(fontsize=7)

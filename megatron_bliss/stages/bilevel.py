@@ -63,15 +63,18 @@ def run(run_dir: Path, round_number: int) -> None:
     progress = Progress("bilevel", settings.outer_steps, start=done) if context.is_first else None
     log = MetricsLog(directory / "metrics.jsonl", done) if context.is_first else None
     num_tokens = 0
+    shown: dict[str, float] = {}  # the latest; not all are there in every step
     for known in _known(cache, data.rows, range(done, settings.outer_steps)):
         began = time.monotonic()
-        pool, sets = data.pool(loop.steps_done, known), data.validation(loop.steps_done)
+        pool = data.pool(loop.steps_done, known)
+        sets = data.validation(loop.steps_done) if loop.solves_next else []
         metrics = loop.step(pool, *sets)
         step_tokens = int(pool[0].num_tokens + sum(batches[0].num_tokens for batches in sets))
         num_tokens += step_tokens
         if progress is not None and log is not None:
             log.write(loop.steps_done, **metrics, tokens_per_second=step_tokens / (time.monotonic() - began))
-            progress.report(loop.steps_done, num_tokens, **{name: metrics[name] for name in _SHOWN})
+            shown |= {name: metrics[name] for name in _SHOWN if name in metrics}
+            progress.report(loop.steps_done, num_tokens, **shown)
         if loop.steps_done % settings.checkpoint_interval == 0 or loop.steps_done == settings.outer_steps:
             lower, upper = loop.vectors()
             vectors = {checkpoints.MODEL: lower, checkpoints.SCORE: upper}
@@ -185,6 +188,8 @@ def loop_settings(settings: BilevelConfig) -> LoopSettings:
     return LoopSettings(
         outer_steps=settings.outer_steps,
         inner_steps=settings.inner_steps,
+        solve_first=settings.solve_first,
+        solve_interval=settings.solve_interval,
         lr_warmup_fraction=settings.lr_warmup_fraction,
         ridge=settings.lambda_,
         weights="naive" if settings.weights == "naive" else "softmax",
