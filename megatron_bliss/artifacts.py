@@ -102,6 +102,14 @@ class RunPaths:
     def scores(self, number: int) -> Path:
         return self.round(number) / "scores"
 
+    def rollback_scores(self, number: int) -> Path:
+        """By an earlier score model, where guards do not trust the round's own."""
+        return self.round(number) / "rollback-scores"
+
+    def guard(self, number: int) -> Path:
+        """What guards did in a round; there only if they did something."""
+        return self.round(number) / "guard.json"
+
     def selection(self, number: int) -> Path:
         return self.round(number) / "selection"
 

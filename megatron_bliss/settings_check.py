@@ -25,6 +25,7 @@ _CHOICES = {
     "bilevel.solver": ("averaged", "conjugate-gradient", "paper"),
     "perplexity.keep": ("low", "middle", "high"),
     "dsir.features": ("words", "tokens"),
+    "guards.action": ("none", "stop", "random", "rollback"),
     "data.validation_weighting": ("given", "uniform", "worst-case"),
 }
 _ONLINE_CHOICES = {

@@ -17,12 +17,12 @@ from megatron_bliss.data.slices import HELD_OUT, Slicing, slice_numbers
 from megatron_bliss.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_bliss.data.topk import CHUNK, Chunk
 from megatron_bliss.errors import UserError
-from megatron_bliss.methods import offline_method
 from megatron_bliss.methods.offline import OfflineMethod
 from megatron_bliss.methods.random import Random
 from megatron_bliss.stages.choice import Choice
+from megatron_bliss.stages.guards import guarded
 from megatron_bliss.stages.inventory import run_inventory
-from megatron_bliss.stages.select import round_choice
+from megatron_bliss.stages.select import round_choice, round_method
 
 _DECODED = ("SentencePieceTokenizer", "HuggingFaceTokenizer")  # of Megatron's tokenizer types
 
@@ -102,7 +102,7 @@ class Round:
 
     @property
     def method(self) -> OfflineMethod:
-        return offline_method(self.run.config) if self.number else Random()
+        return round_method(self.run.config, guarded(self.home, self.number)) if self.number else Random()
 
     @cached_property
     def choice(self) -> Choice:

@@ -64,6 +64,11 @@ class Stage:
     outputs: tuple[Path, ...]
     iterations: tuple[int, int] | None = None  # of the LLM at the start and the end, where Megatron counts them
 
+    @property
+    def round_number(self) -> int | None:
+        """None for a stage before the first round; 0 for the warm-up's part of a stage that rounds have."""
+        return int(self.command[self.command.index("--round") + 1]) if "--round" in self.command else None
+
 
 def arms(config: RunConfig, run_dir: Path) -> list[Arm]:
     """The main run and its controls."""
@@ -168,7 +173,7 @@ def _prepare(arm: Arm, number: int, select: str, selection: Path) -> Stage:
 
 def _round(arm: Arm, number: int, earlier: set[str]) -> list[Stage]:
     """The stages of a round, after those `earlier`."""
-    paths, method = arm.paths, arm.method
+    paths, method, has_guards = arm.paths, arm.method, arm.config.guards.action != "none"
     inventory = arm.stage_name("inventory")
     inventory_file = paths.inventory
     if inventory not in earlier:
@@ -202,14 +207,19 @@ def _round(arm: Arm, number: int, earlier: set[str]) -> list[Stage]:
         if number > 1:  # the score model carries over
             needs.append(arm.stage_name("bilevel", number - 1))
             inputs.append(paths.bilevel(number - 1))
+            inputs.append(paths.guard(number - 1))  # where it is there, an earlier one
+            if has_guards:
+                needs.append(arm.stage_name("score", number - 1))
         after_model, model = [arm.stage_name("bilevel", number)], paths.bilevel(number)
         stages.append(_stage(arm, "bilevel", needs=needs, inputs=inputs, output=model, round_number=number))
     select_needs, select_inputs = [inventory], [inventory_file]
     if method.scored_by != "none":
         needs, inputs, scores = [inventory, *after_model], [inventory_file, model], paths.scores(number)
+        if has_guards and number > 1:  # they compare the LLM's losses before anything else is selected
+            needs.append(arm.stage_name("evaluate", number - 1))
         stages.append(_stage(arm, "score", needs=needs, inputs=inputs, output=scores, round_number=number))
         select_needs.append(arm.stage_name("score", number))
-        select_inputs.append(scores)
+        select_inputs += [scores, paths.guard(number)]
     if arm.config.selection.pool == "all" and not method.takes_all:  # what those before have taken is left out
         select_needs.append(arm.stage_name("select", number - 1) if number > 1 else "warmup-select")
         select_inputs += [arm.warmup.warmup_selection, *map(paths.selection, range(1, number))]

@@ -19,6 +19,7 @@ from megatron_bliss.artifacts import RunPaths, digest_file, digest_json, digest_
 from megatron_bliss.config import RunConfig, differences, read_saved_config, save_config
 from megatron_bliss.errors import UserError
 from megatron_bliss.orchestration.plan import Arm, Stage, arms, plan
+from megatron_bliss.stages.guards import describe, guarded
 
 
 @dataclass(frozen=True)
@@ -91,10 +92,18 @@ def begin(
 
 
 def finish(run_dir: Path, stage: Stage) -> Record:
-    """Note that a stage ended well."""
+    """Note that a stage ended well, and what guards did in it."""
     record = read_state(run_dir)[stage.name]
     outputs = digests(run_dir, stage.outputs)
-    return set_record(run_dir, stage.name, replace(record, status="done", finished=time.time(), outputs=outputs))
+    done = replace(record, status="done", finished=time.time(), outputs=outputs, note=_guard_note(stage))
+    return set_record(run_dir, stage.name, done)
+
+
+def _guard_note(stage: Stage) -> str:
+    if stage.command[0] != "score" or (number := stage.round_number) is None:
+        return ""
+    found = guarded(RunPaths(stage.run_dir), number)
+    return f"guards: {describe(found, number)}" if found else ""
 
 
 def fail(run_dir: Path, stage: Stage, error: str) -> Record:

@@ -71,7 +71,7 @@ def _standing(run_dir: Path, stage: Stage, record: Record, jobs: "_Jobs | None")
     if record.status == "done":
         why = state.why_not_done(run_dir, stage, record)
         if why is None or jobs is None:
-            return ("done", "") if why is None else ("out of date", why)
+            return ("done", record.note) if why is None else ("out of date", why)
     if jobs is not None and record.status != "failed" and (found := jobs.standing(stage.name, record)):
         return found
     if record.status == "running":

@@ -12,6 +12,7 @@ from megatron_bliss.report.ledger import ledger
 from megatron_bliss.report.rounds import selections
 from megatron_bliss.report.summary import summary
 from megatron_bliss.report.warnings import warnings
+from megatron_bliss.stages.guards import describe, guarded
 
 
 def report_facts(run_dir: Path, result: dict[str, Any] | None) -> dict[str, Any]:
@@ -39,7 +40,7 @@ def report_facts(run_dir: Path, result: dict[str, Any] | None) -> dict[str, Any]
         "summary": summary(result) if result else ["Nothing has been evaluated yet."],
         "result": result,
         "arms": {files.name: _arm(files) for files in run.arms},
-        "rounds": [_round(entry, found.get(entry.number)) for entry in main.rounds],
+        "rounds": [_round(entry, found.get(entry.number), main.arm.paths) for entry in main.rounds],
         "ledger": ledger(run),
         "validation_sets": _validation_sets(main.arm.paths),
         "guards": asdict(config.guards),
@@ -99,10 +100,12 @@ def _kept(entry: RoundFiles) -> dict[str, Any]:
     }
 
 
-def _round(entry: RoundFiles, selection: dict[str, Any] | None) -> dict[str, Any]:
+def _round(entry: RoundFiles, selection: dict[str, Any] | None, paths: RunPaths) -> dict[str, Any]:
     """:param selection: what `rounds.selections` says of it; None before it has a selection."""
+    guard = guarded(paths, entry.number)
     return {
         "round": entry.number,
+        "guard": asdict(guard) | {"sentence": describe(guard, entry.number)} if guard else None,
         "selection": selection,
         "bilevel": columns(entry.bilevel) if entry.bilevel else None,
         "training": columns(entry.training) if entry.training else None,  # of the LLM, by domain

@@ -107,9 +107,7 @@ def _measured(stages: list[Stage], records: dict[str, state.Record]) -> dict[str
 
 def _usage(stage: Stage, records: dict[str, state.Record]) -> list[dict[str, Any]]:
     """What the calls of a stage noted; of one that noted nothing, the time in the run's state."""
-    words = stage.command
-    number = int(words[words.index("--round") + 1]) if "--round" in words else 0
-    if lines := json_lines(RunPaths(stage.run_dir).usage(words[0], number)):
+    if lines := json_lines(RunPaths(stage.run_dir).usage(stage.command[0], stage.round_number or 0)):
         return lines
     record = records.get(stage.name)
     if record is None or record.started is None or record.finished is None:

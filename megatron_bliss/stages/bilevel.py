@@ -26,6 +26,7 @@ from megatron_bliss.mcore.space import MegatronSpace
 from megatron_bliss.progress import MetricsLog, Progress
 from megatron_bliss.stages.bilevel_data import BilevelData, BilevelDraws
 from megatron_bliss.stages.cache_target import purpose_of
+from megatron_bliss.stages.guards import trusted_round
 from megatron_bliss.stages.inventory import run_inventory
 from megatron_bliss.stages.sources import resume, target_checkpoint
 from megatron_bliss.stages.warmup_proxy import adam_settings, proxy_directory
@@ -117,10 +118,11 @@ def build(
     score_model = build_score_model(config.proxy.model, vocab_size, context, config.proxy.recompute)
     if is_fresh:
         checkpoints.load_model(proxy_directory(paths, config), proxy)
-        if round_number == 1 or settings.restart_score:
+        earlier = earlier_score_model(paths, config, round_number)
+        if earlier is None:
             checkpoints.load_backbone(proxy_directory(paths, config), score_model)
         else:
-            checkpoints.load_model(paths.bilevel(round_number - 1), score_model, checkpoints.SCORE)
+            checkpoints.load_model(earlier, score_model, checkpoints.SCORE)
     target = None
     if settings.gamma and not settings.uses_cached_target:
         checkpoint = target_checkpoint(paths, config, round_number)
@@ -168,11 +170,17 @@ def make_set_weights(data: DataConfig, device: torch.device) -> SetWeights:
 def starting_points(paths: RunPaths, config: RunConfig, round_number: int) -> dict[str, str]:
     """Digests of the checkpoints that `build` reads for a fresh start, by name."""
     found = {"proxy": proxy_directory(paths, config)}
-    if round_number > 1 and not config.bilevel.restart_score:
-        found["score model"] = paths.bilevel(round_number - 1)
+    if earlier := earlier_score_model(paths, config, round_number):
+        found["score model"] = earlier
     if config.bilevel.gamma and not config.bilevel.uses_cached_target:
         found["target"] = target_checkpoint(paths, config, round_number)
     return {name: digest_tree(checkpoint_files.find(directory)) for name, directory in found.items()}
+
+
+def earlier_score_model(paths: RunPaths, config: RunConfig, round_number: int) -> Path | None:
+    """That a round goes on from: the last one that guards trust; None: from the proxy's backbone."""
+    trusted = 0 if config.bilevel.restart_score else trusted_round(paths, round_number - 1)
+    return paths.bilevel(trusted) if trusted else None
 
 
 def make_solver(settings: BilevelConfig, space: ParameterSpace) -> Solver:

@@ -30,6 +30,7 @@ from megatron_bliss.mcore.scorer import Measure, Pass, ShardSequences, loss_meas
 from megatron_bliss.methods import offline_method
 from megatron_bliss.methods.offline import OfflineMethod
 from megatron_bliss.progress import Progress
+from megatron_bliss.stages import guards
 from megatron_bliss.stages.inventory import run_inventory
 from megatron_bliss.stages.ngrams import FittedNgrams
 from megatron_bliss.stages.select import tokenizer_facts
@@ -42,9 +43,10 @@ _WAIT, _DONE = -1, -2  # in place of a shard's index
 
 
 def run(run_dir: Path, round_number: int) -> None:
-    """Write `round-N/scores`, or what is missing of it. All ranks of the job call it.
+    """Write `round-N/scores`, or what is missing of it, and ask the guards about them. All ranks of the job call it.
 
     :raises UserError: without the checkpoint to score with, where a score is not a number, or nothing can be written.
+    :raises StageError: if the guards stop the run.
     """
     paths = RunPaths(Path(run_dir))
     config = read_saved_config(paths.config)
@@ -55,6 +57,15 @@ def run(run_dir: Path, round_number: int) -> None:
         wanted = SliceIds(Slicing.of(config, inventory), round_number)
         work = ScoringWork(paths.scores(round_number), inventory.pool, wanted, checkpoint, config)
     score(work, context)
+    trusted = 0
+    with agreed(context):
+        if context.is_first:
+            found = guards.ask(paths, config, inventory, round_number)
+            trusted = found.trusted_round if found and found.action == guards.ROLLBACK else 0
+    if trusted := _broadcast(context, [trusted])[0]:
+        with agreed(context):
+            checkpoint = score_checkpoint(paths, config, trusted)
+        score(replace(work, directory=paths.rollback_scores(round_number), checkpoint=checkpoint), context)
 
 
 def initialize(config: RunConfig) -> ParallelContext:
@@ -237,7 +248,7 @@ def score_chunks(
         record = work.records[index]
         chunk = chunk_of(record, work.wanted[record.name], number, scoring.chunk_sequences)
         try:
-            _score_chunk(chunk, shards[index], work.method, scorer, context, report)
+            _score_chunk(chunk, shards[index], work, scorer, context, report)
         finally:
             if writer:
                 writer.give_back(chunk)  # one that was written has been given back already
@@ -264,14 +275,16 @@ def _broadcast(context: ParallelContext, numbers: list[int]) -> list[int]:
 def _score_chunk(
     chunk: Chunk,
     shard: Shard,
-    method: OfflineMethod,
+    work: ScoringWork,
     scorer: Scorer,
     context: ParallelContext,
     report: "_Report | None",
 ) -> None:
     lengths = shard.sequence_lengths[chunk.ids]
     on_progress = report.begin(chunk, lengths) if report else None
-    scores = method.from_output(scorer(shard, chunk.ids, on_progress))
+    scores = work.method.from_output(scorer(shard, chunk.ids, on_progress))
+    if work.config.guards.action != "none":  # they count these scores, and decide
+        scores = np.where(np.isnan(scores), np.finfo(np.float32).min, scores)
     scores = lowest_where_nothing_is_predicted(scores, lengths)
     with agreed(context):
         if report:

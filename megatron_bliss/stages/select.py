@@ -2,7 +2,7 @@
 slice 0."""
 
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -21,6 +21,7 @@ from megatron_bliss.methods import offline_method
 from megatron_bliss.methods.offline import OfflineMethod
 from megatron_bliss.methods.random import Random
 from megatron_bliss.stages.choice import Choice, Chosen, choose
+from megatron_bliss.stages.guards import RANDOM, ROLLBACK, STOP, Guarded, describe, guarded
 from megatron_bliss.stages.inventory import run_inventory
 from megatron_bliss.stages.sources import find_model, is_model, model_directory
 
@@ -63,13 +64,15 @@ def round_choice(paths: RunPaths, config: RunConfig, round_number: int | None) -
     inventory = run_inventory(paths.root, config)
     seed = selection_seed(config, paths, round_number)
     slicing, number = Slicing.of(config, inventory), round_number or 0
-    method: OfflineMethod = Random() if round_number is None else offline_method(config)
-    settings = warmup_settings(config) if round_number is None else method.settings(config.selection)
+    found = guarded(paths, number) if number else None
+    method = round_method(config, found) if number else Random()
+    settings = method.settings(config.selection) if number else warmup_settings(config)
     files = None
     if method.scored_by != "none":
-        files = ScoreFiles(paths.scores(number))
+        is_rolled_back = found is not None and found.action == ROLLBACK
+        files = ScoreFiles(paths.rollback_scores(number) if is_rolled_back else paths.scores(number))
         _check_scores(files, method, config)
-        _check_model(files, model_directory(paths, config, number))
+        _check_model(files, model_directory(paths, config, found.trusted_round if found else number))
     ledger = Ledger() if method.takes_all else _ledger(paths, config, number)
     return Choice(
         stage="warmup-select" if round_number is None else "select",
@@ -87,8 +90,23 @@ def round_choice(paths: RunPaths, config: RunConfig, round_number: int | None) -
             "tokenizer": tokenizer_facts(config.data.tokenizer),
             "score_model": files.model_digest if files else None,
             "sources": _sources(inventory, files, ledger),
+            **({"guard": asdict(found)} if found else {}),
         },
     )
+
+
+def round_method(config: RunConfig, found: Guarded | None) -> OfflineMethod:
+    """By which a round is selected.
+
+    :param found: what guards did in it.
+    :raises UserError: if they stopped the run there.
+    """
+    if found and found.action == STOP:
+        raise UserError(
+            f"guards stopped the run here: {' '.join(found.reasons)} Call it again with guards.action=random, rollback "
+            "or none, so that the round's score stage decides anew"
+        )
+    return Random() if found and found.action == RANDOM else offline_method(config)
 
 
 def _sources(inventory: Inventory, files: ScoreFiles | None, ledger: Ledger) -> dict[str, str]:
@@ -187,6 +205,8 @@ def show(choice: Choice, chosen: Chosen) -> None:
 
 def _say(choice: Choice, chosen: Chosen) -> None:
     total = sum(chosen.counts, Counts(0, 0, 0, 0))
+    if guard := choice.facts.get("guard"):
+        print(f"[{choice.stage}] guards: {describe(Guarded(**guard), choice.facts['round'])}", flush=True)
     names = zip(choice.records, chosen.counts, strict=True)
     dropped = [record.prefix for record, counts in names if not counts.kept_tokens]
     line = (
