@@ -83,6 +83,15 @@ class RunPaths:
         return self.root / "target"
 
     @property
+    def tensorboard(self) -> Path:
+        return self.root / "tensorboard"
+
+    @property
+    def tracking(self) -> Path:
+        """wandb's files."""
+        return self.root / "tracking"
+
+    @property
     def report(self) -> Path:
         return self.root / "report.html"
 

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -68,10 +69,13 @@ class MetricsLog:
     """metrics.jsonl: a line of numbers a step or so. Only rank 0 should hold one.
 
     :param done: steps that are done before this process; lines beyond them, which a killed process left, are dropped.
+    :param also: is called with what is written, step and figures.
     """
 
-    def __init__(self, path: Path, done: int = 0) -> None:
-        self.path = path
+    def __init__(
+        self, path: Path, done: int = 0, also: Callable[[int, Mapping[str, float | None]], None] | None = None
+    ) -> None:
+        self.path, self._also = path, also
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = path.read_text().splitlines() if path.exists() else []
         with atomic_write(path, "w") as stream:
@@ -82,6 +86,8 @@ class MetricsLog:
         finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
         with open(self.path, "a") as stream:
             stream.write(json.dumps({"schema": 1, "step": step, **finite}, allow_nan=False) + "\n")
+        if self._also is not None:
+            self._also(step, finite)
 
 
 def _step(line: str) -> int | None:

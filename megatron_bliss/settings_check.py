@@ -27,6 +27,7 @@ _CHOICES = {
     "dsir.features": ("words", "tokens"),
     "guards.action": ("none", "stop", "random", "rollback"),
     "data.validation_weighting": ("given", "uniform", "worst-case"),
+    "tracking.wandb": ("off", "offline", "online"),
 }
 _ONLINE_CHOICES = {
     "method": ("none", "blade", "rho1", "self"),

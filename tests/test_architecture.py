@@ -12,6 +12,7 @@ LAYERS = [
     ("errors",),
     ("artifacts", "settings_check"),
     ("config", "progress"),
+    ("tracking",),
     ("data",),
     ("bilevel",),
     ("mcore",),
@@ -25,7 +26,7 @@ LAYERS = [
 # Third-party packages that only some parts may import.
 ALLOWED = {
     "megatron": {"mcore"},
-    "torch": {"bilevel", "mcore", "stages", "doctor"},
+    "torch": {"bilevel", "mcore", "stages", "doctor", "tracking"},
 }
 # Pairs that the order of layers would allow.
 FORBIDDEN = {

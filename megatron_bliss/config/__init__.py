@@ -15,6 +15,7 @@ from megatron_bliss.config.models import EvaluationConfig, ModelConfig, ProxyCon
 from megatron_bliss.config.online import OnlineConfig
 from megatron_bliss.config.run import ControlConfig, RunConfig, proxy_run, warmup_run
 from megatron_bliss.config.selection import QuotaConfig, ScoringConfig, SelectionConfig
+from megatron_bliss.config.tracking import TrackingConfig
 
 __all__ = [
     "BILEVEL_PRESETS",
@@ -39,6 +40,7 @@ __all__ = [
     "SlurmConfig",
     "TargetConfig",
     "TokenizerConfig",
+    "TrackingConfig",
     "ValidationSetConfig",
     "WarmupConfig",
     "control_config",

@@ -13,7 +13,8 @@ from megatron_bliss.config.run import ControlConfig, RunConfig
 from megatron_bliss.errors import UserError
 
 # What makes arms comparable: pool, target, schedule, seed, measure. All else decides on the data or on the loss.
-IN_COMMON = ("seed", "rounds", "round_steps", "data", "target", "warmup", "evaluation", "launch", "controls")
+_OF_THE_RUN = ("launch", "tracking", "controls")
+IN_COMMON = ("seed", "rounds", "round_steps", "data", "target", "warmup", "evaluation", *_OF_THE_RUN)
 _EXCEPT = (
     *("data.validation", "data.validation_sets", "data.validation_weighting", "data.validation_rate"),
     *("warmup.proxy_steps", "warmup.proxy_batch_size", "warmup.proxy_lr"),

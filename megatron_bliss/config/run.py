@@ -14,6 +14,7 @@ from megatron_bliss.config.methods import BilevelConfig, DsirConfig, PerplexityC
 from megatron_bliss.config.models import EvaluationConfig, ProxyConfig, TargetConfig, WarmupConfig
 from megatron_bliss.config.online import OnlineConfig
 from megatron_bliss.config.selection import ScoringConfig, SelectionConfig
+from megatron_bliss.config.tracking import TrackingConfig
 
 
 @dataclass
@@ -47,6 +48,7 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     guards: GuardsConfig = field(default_factory=GuardsConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
     controls: list[ControlConfig] = field(default_factory=list)
 
     @property

@@ -100,6 +100,7 @@ def _arguments(
         *_data(config, files),
         *("--log-interval", str(target.log_interval), "--eval-iters", "0", "--eval-interval", str(last)),
         *("--seed", str(config.seed)),
+        "--no-one-logger",  # reports to nobody but whom `tracking` names
         *target.extra_args,
     ]
 

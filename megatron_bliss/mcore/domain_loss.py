@@ -34,6 +34,7 @@ def install(path: Path, name_of: NameOf) -> None:
     """
     import megatron.training
     import megatron.training.training as training
+    from megatron.training.global_vars import get_wandb_writer
 
     record = DomainLosses(path, name_of)
     pretrain, training_log = megatron.training.pretrain, training.training_log
@@ -51,7 +52,7 @@ def install(path: Path, name_of: NameOf) -> None:
     def recording_log(*args: Any, **kwargs: Any) -> Any:
         iteration = logged.bind(*args, **kwargs).arguments["iteration"]
         if iteration % megatron.training.get_args().log_interval == 0:
-            record.write(iteration, megatron.training.get_tensorboard_writer())
+            record.write(iteration, megatron.training.get_tensorboard_writer(), get_wandb_writer())
         return training_log(*args, **kwargs)
 
     megatron.training.pretrain = training.pretrain = recording_pretrain
@@ -112,10 +113,11 @@ class DomainLosses:
         ids = sample.get("dataset_id", torch.zeros(len(parts), dtype=torch.int64))  # a single dataset is not blended
         self._totals.index_add_(0, ids.to(output.device, torch.int64, non_blocking=True), parts)
 
-    def write(self, iteration: int, board: Any) -> None:
+    def write(self, iteration: int, board: Any, wandb_writer: Any) -> None:
         """A line of what was added up since the last. All ranks call it.
 
         :param board: Megatron's TensorBoard writer, on the rank that has one.
+        :param wandb_writer: the same of wandb.
         """
         if not parallel_state.is_pipeline_last_stage(ignore_virtual=True):
             return
@@ -132,9 +134,11 @@ class DomainLosses:
         if self._log is None:
             self._log = MetricsLog(self._path, iteration - 1)  # lines of steps that are taken once more are dropped
         self._log.write(iteration, **figures)
-        for name, value in figures.items() if board else ():
-            if name.startswith("loss/"):
-                board.add_scalar(f"domain {name}", value, iteration)
+        shown = {f"domain {name}": value for name, value in figures.items() if name.startswith("loss/")}
+        for name, value in shown.items() if board else ():
+            board.add_scalar(name, value, iteration)
+        if wandb_writer:
+            wandb_writer.log(shown, iteration)
 
     def _share_names(self) -> None:
         """Once, from the tensor-parallel rank that built the datasets to the others."""

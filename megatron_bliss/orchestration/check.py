@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_bliss import tracking
 from megatron_bliss.artifacts import RunPaths
 from megatron_bliss.config import RunConfig, WarmupConfig, differences, read_saved_config
 from megatron_bliss.errors import UserError
@@ -29,6 +30,7 @@ def check(config: RunConfig, run_dir: Path, ranks: Ranks | None = None) -> None:
     """
     ranks = ranks or Ranks(config.launch.nproc_per_node, config.launch.nproc_per_node)
     main, *controls = arms(config, run_dir)
+    tracking.check(config.tracking)
     trains_proxy = config.warmup.start_from is None
     _check_target(config, ranks)
     _check_selection(main, trains_proxy, ranks)

@@ -63,7 +63,10 @@ def check_is_same(configs: Mapping[int, RunConfig], out: Path) -> None:
     ours = {control.name: control for control in now.controls}
     for seed, run_dir in seed_dirs(out).items():
         saved = read_saved_config(RunPaths(run_dir).config)
-        changed = differences(replace(saved, seed=now.seed, launch=now.launch, controls=[]), replace(now, controls=[]))
+        changed = differences(
+            replace(saved, seed=now.seed, launch=now.launch, tracking=now.tracking, controls=[]),
+            replace(now, controls=[]),
+        )
         for control in saved.controls:
             if ours.get(control.name, control) != control:
                 changed.append(f"arm {control.name}: {control} -> {ours[control.name]}")

@@ -174,9 +174,9 @@ def digest(path: Path) -> str | None:
 def prepare(config: RunConfig, run_dir: Path) -> None:
     """Write `run.yaml` of the run and of its control arms, or make sure that they say what they said before.
 
-    How stages are launched (`launch.*`) is the machine's business and may change; guards (`guards.*`) may, for stages
-    that are still to be done. Control arms may be added, and those left out are no longer looked at: none of them
-    depends on another.
+    How stages are launched (`launch.*`) and where curves go (`tracking.*`) is not what a run is, and may change; guards
+    (`guards.*`) may, for stages that are still to be done. Control arms may be added, and those left out are no longer
+    looked at: none of them depends on another.
 
     :raises UserError: naming every other setting that changed, or an output that is not what its stage wrote: called
         again, a stage would take it for its own and leave it.
@@ -202,8 +202,8 @@ def prepare(config: RunConfig, run_dir: Path) -> None:
 
 def _is_to_be_saved(arm: Arm) -> bool:
     """Whether a setting that may change has, and stages read it."""
-    saved = read_saved_config(arm.paths.config)
-    return saved.controls != arm.config.controls or saved.guards != arm.config.guards
+    saved, now = read_saved_config(arm.paths.config), arm.config
+    return (saved.controls, saved.guards, saved.tracking) != (now.controls, now.guards, now.tracking)
 
 
 def _changed_settings(arm: Arm) -> list[str]:
@@ -212,7 +212,8 @@ def _changed_settings(arm: Arm) -> list[str]:
         return []
     saved = read_saved_config(arm.paths.config)
     now = arm.config
-    return differences(replace(saved, launch=now.launch, controls=now.controls, guards=now.guards), now)
+    changeable = replace(saved, launch=now.launch, tracking=now.tracking, controls=now.controls, guards=now.guards)
+    return differences(changeable, now)
 
 
 def _name(run_dir: Path, path: Path) -> str:

@@ -30,6 +30,7 @@ from megatron_bliss.stages.guards import trusted_round
 from megatron_bliss.stages.inventory import run_inventory
 from megatron_bliss.stages.sources import resume, target_checkpoint
 from megatron_bliss.stages.warmup_proxy import adam_settings, proxy_directory
+from megatron_bliss.tracking import Job, track
 
 Loop = BilevelLoop[MicroBatch]
 
@@ -62,7 +63,8 @@ def run(run_dir: Path, round_number: int) -> None:
     if settings.curvature == "exact":
         _check_exact(loop, data.pool(done, cache.read(done, data.rows) if cache else None))
     progress = Progress("bilevel", settings.outer_steps, start=done) if context.is_first else None
-    log = MetricsLog(directory / "metrics.jsonl", done) if context.is_first else None
+    tracker = track(Job(config, paths, "bilevel", round_number), context.is_first, done)
+    log = MetricsLog(directory / "metrics.jsonl", done, tracker.log) if context.is_first else None
     num_tokens = 0
     shown: dict[str, float] = {}  # the latest; not all are there in every step
     for known in _known(cache, data.rows, range(done, settings.outer_steps)):

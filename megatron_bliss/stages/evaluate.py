@@ -25,6 +25,7 @@ from megatron_bliss.mcore.scorer import Pass, Sequences, ShardSequences, Validat
 from megatron_bliss.progress import Progress
 from megatron_bliss.stages.inventory import run_inventory
 from megatron_bliss.stages.pretrain import decay_branch
+from megatron_bliss.tracking import Job, track
 
 
 def run(run_dir: Path, round_number: int) -> None:
@@ -60,6 +61,17 @@ def run(run_dir: Path, round_number: int) -> None:
         if context.is_first:
             results = {"schema": 1, "iteration": last, "tokens_trained": _tokens(config, last), "decay": decay}
             write_json(paths.evaluation(round_number) / "results.json", results | {"curve": curve})
+            tracker = track(Job(config, paths, "evaluate", round_number))
+            for point in [*curve, {"iteration": last + config.evaluation.decay_steps, **decay}]:
+                tracker.log(point["iteration"], _figures(point))
+            tracker.close()
+
+
+def _figures(losses: Mapping[str, Any]) -> dict[str, float | None]:
+    """A checkpoint's losses as trackers take them."""
+    of_domains = {f"domain_loss/{name}": value for name, value in losses["domain_loss"].items()}
+    of_sets = {f"validation_loss/{name}": one["loss"] for name, one in losses.get("validation_sets", {}).items()}
+    return {name: losses[name] for name in ("validation_loss", "test_loss")} | of_sets | of_domains
 
 
 def line(paths: RunPaths, config: RunConfig, round_number: int) -> list[tuple[int, Path]]:

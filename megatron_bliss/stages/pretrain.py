@@ -22,6 +22,8 @@ from megatron_bliss.mcore.online import install as install_online
 from megatron_bliss.mcore.script import PACKAGED_SCRIPT, run_script
 from megatron_bliss.methods import online_method
 from megatron_bliss.stages.sources import resume
+from megatron_bliss.tracking import Job, script_arguments
+from megatron_bliss.tracking import environment as tracking_environment
 
 
 def run(run_dir: Path, round_number: int) -> None:
@@ -47,7 +49,10 @@ def run(run_dir: Path, round_number: int) -> None:
     # a step that chooses among its whole global batch reads it at once, so its micro-batches cannot be told apart
     looks_ahead = online is not None and config.online.scope == "global-batch"
     metrics = None if looks_ahead else paths.training_metrics(round_number)
-    _train(config, selection, files, training_arguments(config, files), end, online, metrics)
+    job = Job(config, paths, "pretrain" if round_number else "warmup-target", round_number or None)
+    os.environ.update(tracking_environment(job))  # read by wandb, which Megatron calls
+    arguments = [*training_arguments(config, files), *script_arguments(job)]
+    _train(config, selection, files, arguments, end, online, metrics)
 
 
 def line_and_selection(paths: RunPaths, round_number: int) -> tuple[Path, Path]:

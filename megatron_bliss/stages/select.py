@@ -24,6 +24,7 @@ from megatron_bliss.stages.choice import Choice, Chosen, choose
 from megatron_bliss.stages.guards import RANDOM, ROLLBACK, STOP, Guarded, describe, guarded
 from megatron_bliss.stages.inventory import run_inventory
 from megatron_bliss.stages.sources import find_model, is_model, model_directory
+from megatron_bliss.tracking import Job, track
 
 _WIDTH = 120  # where there is no terminal
 
@@ -44,6 +45,11 @@ def run(run_dir: Path, round_number: int | None, dry_run: bool = False) -> None:
     directory = paths.warmup_selection if round_number is None else paths.selection(round_number)
     choice = round_choice(paths, config, round_number)
     finish(choice, directory, dry_run)
+    if not dry_run:
+        job = Job(config, paths, "select" if round_number else "warmup-select", round_number)
+        tracker = track(job)
+        tracker.log_selection(directory, f"{job.group}/{job.name}")
+        tracker.close()
 
 
 def finish(choice: Choice, directory: Path, dry_run: bool) -> None:

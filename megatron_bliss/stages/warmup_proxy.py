@@ -23,6 +23,7 @@ from megatron_bliss.mcore.parallel import ParallelContext, agreed
 from megatron_bliss.mcore.space import MegatronSpace
 from megatron_bliss.progress import MetricsLog, Progress
 from megatron_bliss.stages.sources import resume
+from megatron_bliss.tracking import Job, track
 
 LR_WARMUP_FRACTION = 0.1  # of the steps; then cosine, to zero
 
@@ -56,7 +57,8 @@ def run(run_dir: Path) -> None:
         checkpoints.load(directory, {checkpoints.MODEL: model}, {checkpoints.MODEL: vectors})
         optimizer.load({name: space.own(vector) for name, vector in vectors.items()}, done)
     progress = Progress("warmup-proxy", num_steps, start=done) if context.is_first else None
-    metrics = MetricsLog(directory / "metrics.jsonl", done) if context.is_first else None
+    tracker = track(Job(config, paths, "warmup-proxy"), context.is_first, done)
+    metrics = MetricsLog(directory / "metrics.jsonl", done, tracker.log) if context.is_first else None
     num_tokens = 0
     for step in range(done, num_steps):
         factor = lr_factor(step, num_steps, LR_WARMUP_FRACTION)
