@@ -23,11 +23,11 @@ from megatron_bliss.orchestration.cost import (
     Cost,
     PoolSize,
     arm_costs,
-    bilevel_flops_per_step,
     quantity,
     selection_flops,
     train_flops,
 )
+from megatron_bliss.orchestration.flops import bilevel_flops_per_step
 from megatron_bliss.orchestration.plan import arms
 from megatron_bliss.orchestration.state import prepare
 from megatron_bliss.report import page, result
@@ -375,13 +375,18 @@ def test_flops_of_an_outer_step_by_hand(tmp_path: Path) -> None:
     config: RunConfig = read_saved_config(tiny_config(tmp_path))
     blocks, output, attention = 2 * (4 * 32 * 32 + 2 * 32 * 64), 256 * 32, 2 * 2 * 32 * 32
     per_token = 3 * (2 * (blocks + output) + attention)  # proxy and target alike
-    batch = 8 * 32 * per_token
+    batch, score_model = 8 * 32 * per_token, 8 * 32 * 4 * (2 * blocks + attention)  # which has no output layer
     # defaults: three forward and two backward passes with the target's logits once, validation, score model
-    assert bilevel_flops_per_step(config) == pytest.approx(batch * (1 + 4 / 3 + 1 + 4 / 3 + 1 / 3))
+    assert bilevel_flops_per_step(config) == pytest.approx(batch * (1 + 4 / 3 + 1 + 1 / 3) + score_model)
     config.bilevel.curvature = "finite-difference"  # two displaced gradients
-    assert bilevel_flops_per_step(config) == pytest.approx(batch * (2 + 1 + 4 / 3 + 1 / 3))
+    assert bilevel_flops_per_step(config) == pytest.approx(batch * (2 + 1 + 1 / 3) + score_model)
     config.bilevel.gamma, config.bilevel.curvature = 0, "none"
-    assert bilevel_flops_per_step(config) == pytest.approx(batch * (1 + 2 / 3 + 1 + 4 / 3))
+    assert bilevel_flops_per_step(config) == pytest.approx(batch * (1 + 2 / 3 + 1) + score_model)
+    config.proxy.recompute = (
+        True  # a forward pass through the blocks for each backward pass: two, and the score model's
+    )
+    again = 8 * 32 * 3 * (2 * blocks + attention)
+    assert bilevel_flops_per_step(config) == pytest.approx(batch * (1 + 2 / 3 + 1) + score_model + again)
 
 
 def test_costs_add_up(tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ from megatron_bliss.config import ControlConfig, DataConfig, ValidationSetConfig
 from megatron_bliss.data.inventory import Inventory
 from megatron_bliss.data.validation import ValidationSet
 from megatron_bliss.errors import UserError
-from megatron_bliss.mcore.arguments import split_blends
 from megatron_bliss.mcore.online_data import ValidationSamples
 from megatron_bliss.stages import bilevel, inventory, ngrams, select, warmup_proxy
 from megatron_bliss.stages.evaluate import over_sets
@@ -119,11 +118,6 @@ def test_samples_of_a_mixture_have_the_shares_of_their_sets(tmp_path: Path) -> N
     assert len(set(seen[30:])) == 10
     alone = ValidationSamples([(1.0, sets[1][1])], 64, False, seed=1)
     assert [tuple(alone[index]["tokens"].tolist()) for index in range(len(alone))] == seen[30:]
-
-
-def test_megatron_is_told_of_all_sets() -> None:
-    assert split_blends([(1.0, "t")], [(1.0, "v")])["valid"] == ["v"]
-    assert split_blends([(1.0, "t")], [(0.75, "v"), (0.25, "w")])["valid"] == ["0.75", "v", "0.25", "w"]
 
 
 # --- the stages

@@ -47,15 +47,58 @@ class Architecture:
         embeddings = 2 * padded_vocab_size(vocab_size) * self.hidden_size
         return embeddings + self.num_layers * (self._block_weights + self._block_vectors) + self._norm
 
+    def num_parameters_on_rank(
+        self, vocab_size: int, tensor_parallel: int = 1, pipeline_parallel: int = 1, has_output: bool = True
+    ) -> int:
+        """Of the rank that holds the most: matrices and biases of column-parallel layers are shared out, norms and
+        other biases are copies.
+
+        :param has_output: False: without an output layer, as the score model.
+        """
+        num_layers = -(-self.num_layers // pipeline_parallel)
+        copies = 2 * self._norm + (2 * self.hidden_size if self.bias else 0)
+        block = (self._block_weights + self._block_vectors - copies) // tensor_parallel + copies
+        num_tables = 2 if pipeline_parallel == 1 and has_output else 1  # the first stage has one, the last the other
+        tables = num_tables * padded_vocab_size(vocab_size) * self.hidden_size // tensor_parallel
+        return num_layers * block + tables + self._norm
+
     def flops_per_token(self, sequence_length: int, vocab_size: int) -> int:
         """Floating-point operations of training on one token: a forward pass and a backward pass of twice its cost.
 
         A multiply-add counts as two; causal attention looks back half a sequence on average. A forward pass alone is
         a third of this.
         """
-        matrices = self.num_layers * self._block_weights + padded_vocab_size(vocab_size) * self.hidden_size
-        attention = 2 * self.num_layers * self.hidden_size * sequence_length
-        return 3 * (2 * matrices + attention)
+        return 3 * (self.block_flops_per_token(sequence_length) + self.output_flops_per_token(vocab_size))
+
+    def block_flops_per_token(self, sequence_length: int, is_causal: bool = True) -> int:
+        """Of a forward pass through all blocks.
+
+        :param is_causal: False: attention writes out the scores of all pairs, those it masks too.
+        """
+        attention = (2 if is_causal else 4) * self.num_layers * self.hidden_size * sequence_length
+        return 2 * self.num_layers * self._block_weights + attention
+
+    def output_flops_per_token(self, vocab_size: int) -> int:
+        """Of a forward pass of the output layer."""
+        return 2 * padded_vocab_size(vocab_size) * self.hidden_size
+
+    def activations_per_token(
+        self, sequence_length: int, tensor_parallel: int, shards_sequence: bool, is_fused: bool
+    ) -> int:
+        """Numbers that one block keeps of a token for its backward pass, on each rank.
+
+        Inputs and outputs of both norms; queries, keys and values as projected and as rotated; attention's output, as
+        it comes and as the projection takes it; input and output of the activation.
+
+        :param shards_sequence: sequence parallelism: the norms' part is shared out as well.
+        :param is_fused: False: attention keeps the probabilities of all pairs.
+        """
+        hidden, key_values = self.hidden_size, self.num_query_groups * self.head_size
+        attention = 2 * hidden + 3 * key_values
+        attention += 2 * hidden if is_fused else hidden + self.num_attention_heads * sequence_length
+        mlp = self.ffn_hidden_size * (4 if self.activation == "swiglu" else 2)
+        norms = 4 * hidden // (tensor_parallel if shards_sequence else 1)
+        return norms + (attention + mlp) // tensor_parallel
 
     def megatron_flags(self) -> list[str]:
         """The architecture as flags of Megatron's training script, vocabulary and sequence length left out."""

@@ -42,22 +42,17 @@ class Files:
     load: Path | None = None  # a directory of checkpoints
 
 
-def split_blends(
-    blend: Sequence[tuple[float, str]], validation: Sequence[tuple[float, str]]
-) -> dict[str, list[str] | None]:
-    """The content of the file for --per-split-data-args-path: the training blend, and the validation shards.
+def split_blends(blend: Sequence[tuple[float, str]], validation: str) -> dict[str, list[str] | None]:
+    """The content of the file for --per-split-data-args-path: the training blend, and a validation shard, of which
+    nothing is read with --eval-iters 0.
 
-    :param blend: (weight, prefix) of each shard. :param validation: the same.
+    :param blend: (weight, prefix) of each shard.
     """
     return {
-        "train": _words(blend),
-        "valid": [validation[0][1]] if len(validation) == 1 else _words(validation),
+        "train": [word for weight, prefix in blend for word in (repr(weight), prefix)],
+        "valid": [validation],
         "test": None,
     }
-
-
-def _words(blend: Sequence[tuple[float, str]]) -> list[str]:
-    return [word for weight, prefix in blend for word in (repr(weight), prefix)]
 
 
 def training_arguments(config: RunConfig, files: Files) -> list[str]:

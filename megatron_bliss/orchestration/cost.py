@@ -1,7 +1,7 @@
 """What a run costs before it is started: sequences, tokens, floating-point operations and disk, stage by stage.
 
-The numbers are estimates from the sizes alone: sequences are taken as long as the model's, a backward pass as twice a
-forward pass, and a product with the exact Hessian as three of both (forward, backward, backward through the two).
+The numbers are estimates from the sizes alone: sequences are taken as long as the model's. `flops.py` has the passes
+through the models, `memory.py` what a rank holds; `make bench NAME=cost` compares both with what is measured.
 """
 
 import sys
@@ -12,23 +12,26 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from megatron_bliss.config import BilevelConfig, RunConfig
+from megatron_bliss.config import RunConfig
 from megatron_bliss.data.shards import Shard
 from megatron_bliss.data.target_cache import bytes_per_token
 from megatron_bliss.errors import UserError
 from megatron_bliss.mcore.architectures import resolve
 from megatron_bliss.orchestration.check import check
+from megatron_bliss.orchestration.flops import (
+    TRAINING,
+    Passes,
+    bilevel_flops_per_step,
+    proxy_flops,
+    solving_steps,
+    target_flops,
+    target_training_flops,
+    validation_batch,
+)
+from megatron_bliss.orchestration.memory import stage_memory
 from megatron_bliss.orchestration.plan import Arm, arms, plan
 
 _FORWARD = 1 / 3  # of a forward and backward pass
-# A curvature product alone, and with gradient and g_i (`Curvature.evaluate`), in forward and backward passes.
-_PRODUCT = {"none": 0.0, "finite-difference": 2.0, "gauss-newton": 1 + 2 * _FORWARD, "exact": 3.0}
-_EVALUATION = {
-    "none": 1 + 2 * _FORWARD,
-    "finite-difference": 2.0,
-    "gauss-newton": 3 * _FORWARD + 2 * (1 - _FORWARD),
-    "exact": 1 + 3.0 + 2 * _FORWARD,
-}
 _BYTES_PER_PARAMETER = {False: 16, True: 18}  # float32 weights and Adam's moments as saved; True: bf16 weights on top
 _WIDTH = 120  # of the table where there is no terminal
 _SCORE_BYTES = _ID_BYTES = 4  # float32, int32
@@ -60,7 +63,7 @@ class Cost:
 def target_flops_per_step(config: RunConfig) -> float:
     """Of one optimizer step of the LLM."""
     tokens = config.target.global_batch_size * config.data.sequence_length
-    return tokens * _training_flops_per_token(config, proxy=False)
+    return tokens * target_training_flops(config)
 
 
 def selection_flops(arm: Arm, pool: PoolSize | None) -> float | None:
@@ -122,7 +125,7 @@ def arm_costs(arm: Arm, pool: PoolSize | None) -> dict[str, Cost]:
             costs[arm.stage_name("bilevel", number)] = _bilevel(config)
             costs[arm.stage_name("cache-target", number)] = _cache_target(config)
         if arm.method.scored_by != "none":
-            costs[arm.stage_name("score", number)] = _score(config, pool, offered, arm.method.needs_proxy)
+            costs[arm.stage_name("score", number)] = _score(arm, pool, offered)
         costs[arm.stage_name("select", number)] = _select(pool, offered, share)
         costs[arm.stage_name("prepare", number)] = _prepare(config, offered, share, config.round_steps)
         training = _pretrain(config, config.round_steps)
@@ -137,84 +140,6 @@ def _offered(config: RunConfig, pool: PoolSize | None) -> PoolSize | None:
     return pool and pool.part(1.0 if config.selection.pool == "all" else 1 / config.num_slices)
 
 
-def bilevel_flops_per_step(config: RunConfig) -> float:
-    """Of one outer step: a mean over those that update z and those that do not, which have no curvature product and no
-    validation batch."""
-    idle = replace(config, bilevel=replace(config.bilevel, curvature="none", validation_batch_size=0))
-    share = _solving_steps(config.bilevel) / config.bilevel.outer_steps
-    return share * _flops_of_step(config) + (1 - share) * _flops_of_step(idle)
-
-
-def _solving_steps(bilevel: BilevelConfig) -> int:
-    """Outer steps of a round that update z."""
-    first = min(bilevel.solve_first, bilevel.outer_steps)
-    return first + sum(step % bilevel.solve_interval == 0 for step in range(first, bilevel.outer_steps))
-
-
-def _flops_of_step(config: RunConfig) -> float:
-    """Of inner steps, curvature products, g_i, validation gradient, target and score model."""
-    bilevel, length = config.bilevel, config.data.sequence_length
-    batch = bilevel.batch_size * length * _training_flops_per_token(config, proxy=True)
-    validation = _validation_batch(config) * length * _training_flops_per_token(config, proxy=True)
-    if bilevel.solver == "paper":
-        passes = bilevel.inner_steps + _PRODUCT[bilevel.curvature] * bilevel.z_steps + 2 * _FORWARD
-    else:
-        passes = bilevel.inner_steps - 1 + _EVALUATION[bilevel.curvature]
-        passes += _PRODUCT[bilevel.curvature] * _further_products(config)
-        if _has_gradient_of_its_own(config):
-            passes += 1
-    passes += 1 + _FORWARD  # score model: weights, then its own step
-    return (
-        batch * passes
-        + validation
-        + _target_passes(config)
-        * bilevel.batch_size
-        * length
-        * _FORWARD
-        * (_training_flops_per_token(config, proxy=False))
-    )
-
-
-def _validation_batch(config: RunConfig) -> int:
-    """Sequences of all validation sets in an outer step."""
-    return config.bilevel.validation_batch_size * len(config.data.validation_prefixes)
-
-
-def _target_passes(config: RunConfig) -> int:
-    """Forward passes of the target over the batch in an outer step: one for each way through its micro-batches."""
-    bilevel = config.bilevel
-    if bilevel.gamma == 0 or bilevel.uses_cached_target:
-        return 0
-    if _micro_batches(config) == 1:
-        return 1  # its logits are kept
-    needs_target = 1 if bilevel.curvature in ("finite-difference", "exact") else 0  # for a product alone
-    if bilevel.solver == "paper":
-        return bilevel.inner_steps + needs_target * bilevel.z_steps
-    evaluation = 2 if bilevel.curvature == "exact" or _has_gradient_of_its_own(config) else 1
-    return bilevel.inner_steps - 1 + evaluation + needs_target * _further_products(config)
-
-
-def _further_products(config: RunConfig) -> int:
-    """Products of an outer step beside the one that comes with the gradient and g_i."""
-    return config.bilevel.z_steps - (0 if config.bilevel.solver == "conjugate-gradient" else 1)
-
-
-def _has_gradient_of_its_own(config: RunConfig) -> bool:
-    """Whether the gradient of a step does not come with the displaced ones."""
-    return config.bilevel.curvature == "finite-difference" and config.proxy.model.bf16
-
-
-def _micro_batches(config: RunConfig) -> int:
-    """Of a batch of the pool, on each rank."""
-    ranks = max(config.launch.nproc_per_node // config.proxy.tensor_parallel, 1)
-    return -(-config.bilevel.batch_size // (config.bilevel.micro_batch_size * ranks))
-
-
-def _training_flops_per_token(config: RunConfig, proxy: bool) -> int:
-    model = config.proxy.model if proxy else config.target.model
-    return resolve(model).flops_per_token(config.data.sequence_length, config.data.tokenizer.vocab_size)
-
-
 def _checkpoint_bytes(config: RunConfig, proxy: bool) -> int:
     model = config.proxy.model if proxy else config.target.model
     return resolve(model).num_parameters(config.data.tokenizer.vocab_size) * _BYTES_PER_PARAMETER[model.bf16]
@@ -227,13 +152,13 @@ def _size(pool: PoolSize | None) -> tuple[int | None, int | None]:
 def _warmup_proxy(config: RunConfig) -> Cost:
     sequences = config.warmup.proxy_steps * config.warmup.proxy_batch_size
     tokens = sequences * config.data.sequence_length
-    flops = float(tokens * _training_flops_per_token(config, proxy=True))
+    flops = tokens * proxy_flops(config, TRAINING)
     return Cost(sequences, tokens, flops, _checkpoint_bytes(config, proxy=True))
 
 
 def _bilevel(config: RunConfig) -> Cost:
     bilevel = config.bilevel
-    sequences = bilevel.outer_steps * bilevel.batch_size + _solving_steps(bilevel) * _validation_batch(config)
+    sequences = bilevel.outer_steps * bilevel.batch_size + solving_steps(bilevel) * validation_batch(config)
     flops = config.bilevel.outer_steps * bilevel_flops_per_step(config)
     vectors = 2 * 4 * resolve(config.proxy.model).num_parameters(config.data.tokenizer.vocab_size)  # z, averaged ∇f
     disk = 2 * _checkpoint_bytes(config, proxy=True) + vectors  # proxy and score model
@@ -248,7 +173,7 @@ def _cache_target(config: RunConfig) -> Cost:
     sequences = bilevel.outer_steps * bilevel.batch_size
     tokens = sequences * config.data.sequence_length
     disk = tokens * bytes_per_token(bilevel.kl_top_k, config.data.tokenizer.vocab_size)
-    return Cost(sequences, tokens, tokens * _training_flops_per_token(config, proxy=False) * _FORWARD, disk)
+    return Cost(sequences, tokens, tokens * target_flops(config), disk)
 
 
 def _ngrams(config: RunConfig, offered: PoolSize | None) -> Cost:
@@ -259,10 +184,11 @@ def _ngrams(config: RunConfig, offered: PoolSize | None) -> Cost:
     return Cost(read.num_sequences, read.num_tokens, 0.0, 8 * config.dsir.num_buckets)
 
 
-def _score(config: RunConfig, pool: PoolSize | None, offered: PoolSize | None, by_model: bool) -> Cost:
+def _score(arm: Arm, pool: PoolSize | None, offered: PoolSize | None) -> Cost:
     if pool is None or offered is None:
         return Cost(None, None, None, None)
-    flops = offered.num_tokens * _training_flops_per_token(config, proxy=True) * _FORWARD if by_model else 0.0
+    has_output = arm.method.scored_by != "score_model"
+    flops = offered.num_tokens * proxy_flops(arm.config, Passes(1, 0), has_output) if arm.method.needs_proxy else 0.0
     return Cost(offered.num_sequences, offered.num_tokens, flops, pool.num_sequences * _SCORE_BYTES)
 
 
@@ -305,7 +231,7 @@ def _evaluate(config: RunConfig) -> Cost:
     sequences = evaluation.decay_steps * config.target.global_batch_size + measured * sum(sets)
     length = config.data.sequence_length
     flops = evaluation.decay_steps * target_flops_per_step(config)
-    flops += measured * sum(sets) * length * _training_flops_per_token(config, proxy=False) * _FORWARD
+    flops += measured * sum(sets) * length * target_flops(config)
     num_checkpoints = -(-evaluation.decay_steps // config.target.save_interval)
     return Cost(sequences, sequences * length, flops, num_checkpoints * _checkpoint_bytes(config, proxy=False))
 
@@ -323,15 +249,19 @@ def show(config: RunConfig, run_dir: Path) -> None:
         costs |= arm_costs(arm, pool)
     title = f"{run_dir}: {config.method}, {config.rounds} rounds"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    for column in ("stage", "ranks", "sequences", "tokens", "FLOPs", "disk"):
+    for column in ("stage", "ranks", "sequences", "tokens", "FLOPs", "memory", "disk"):
         table.add_column(column, justify="left" if column == "stage" else "right", no_wrap=True)
     stages = plan(config, run_dir)
+    configs = {arm.paths.root: arm.config for arm in arms(config, run_dir)}
     for stage in stages:
-        table.add_row(stage.name, str(stage.num_ranks), *_cells(costs.get(stage.name, Cost())))
+        *amounts, disk = _cells(costs.get(stage.name, Cost()))
+        peak = stage_memory(configs[stage.run_dir], stage.command[0])
+        memory = f"{quantity(peak.total)}B" if peak else ""
+        table.add_row(stage.name, str(stage.num_ranks), *amounts, memory, disk)
     known = [costs.get(stage.name, Cost()) for stage in stages]
-    disk, flops = sum(cost.disk or 0 for cost in known), sum(cost.flops or 0 for cost in known)
+    total, flops = sum(cost.disk or 0 for cost in known), sum(cost.flops or 0 for cost in known)
     table.add_section()
-    table.add_row("in all", "", "", "", f"{flops:.2e}", f"{quantity(disk)}B")
+    table.add_row("in all", "", "", "", f"{flops:.2e}", "", f"{quantity(total)}B")
     console.print(table)
     for line in _notes(config, run_dir, pool):
         console.print(line, soft_wrap=True, highlight=False)
@@ -363,7 +293,10 @@ def _cells(cost: Cost) -> tuple[str, str, str, str]:
 def _notes(config: RunConfig, run_dir: Path, pool: PoolSize | None) -> list[str]:
     vocab = config.data.tokenizer.vocab_size
     target, proxy = (resolve(model).num_parameters(vocab) for model in (config.target.model, config.proxy.model))
-    lines = [f"target {quantity(target)} parameters, proxy {quantity(proxy)} parameters"]
+    lines = [
+        f"target {quantity(target)} parameters, proxy {quantity(proxy)} parameters",
+        "memory: of a rank's GPU at its peak, without the CUDA context, NCCL's buffers and fragmentation",
+    ]
     for arm in arms(config, run_dir):
         trained = arm.config.round_steps * config.target.global_batch_size * config.data.sequence_length
         if offered := _offered(arm.config, pool):

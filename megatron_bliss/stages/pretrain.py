@@ -128,13 +128,9 @@ def _online(config: RunConfig, metrics: Path | None = None) -> OnlineJob | None:
     method = online_method(config.online)
     if method is None:
         return None
-    return OnlineJob(config.online, method, _validation(config), metrics, holds=metrics is None)
-
-
-def _validation(config: RunConfig) -> list[tuple[float, str]]:
-    """Weight and prefix of each validation set."""
     weights = config.data.validation_weights
-    return [(weights[name], prefix) for name, prefix in config.data.validation_prefixes.items()]
+    sets = [(weights[name], prefix) for name, prefix in config.data.validation_prefixes.items()]
+    return OnlineJob(config.online, method, sets, metrics, holds=metrics is None)
 
 
 def _train(
@@ -173,7 +169,9 @@ def _train(
 
 def write_blends(path: Path, selection: Path, config: RunConfig) -> None:
     """The file for --per-split-data-args-path."""
-    blends = split_blends(Selection.open(selection, in_full=False).blend, _validation(config))
+    # a blend of several would be empty, which Megatron's samplers refuse
+    validation = next(iter(config.data.validation_prefixes.values()))
+    blends = split_blends(Selection.open(selection, in_full=False).blend, validation)
     with atomic_write(path, "w") as stream:
         json.dump(blends, stream, indent=1)
 

@@ -1,0 +1,258 @@
+"""Memory that a rank of a stage takes at its peak, from the sizes alone.
+
+Counted are parameters, gradient buffers, float32 masters, Adam's moments, vectors in parameter space, what a
+micro-batch's graph keeps, logits, and the largest passing tensors. Not counted: the CUDA context, NCCL's and cuBLAS's
+buffers, fragmentation of the allocator, and the host's memory.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from megatron_bliss.config import ModelConfig, RunConfig
+from megatron_bliss.mcore.architectures import Architecture, padded_vocab_size, resolve
+from megatron_bliss.orchestration.flops import attention_is_fused, recomputes_target
+
+GPU_CHUNK = 1 << 24  # logits that losses hold in float32 at a time (mcore/losses.py)
+_FLOAT = 4  # bytes
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Bytes by what they are, at the moment that the sum is largest."""
+
+    parameters: float = 0
+    gradients: float = 0
+    optimizer: float = 0  # masters and moments
+    vectors: float = 0  # z, averaged gradients, accumulators
+    activations: float = 0  # and what passes while they are there
+    logits: float = 0
+
+    def __add__(self, other: "Peak") -> "Peak":
+        return Peak(*(one + two for one, two in zip(self.amounts, other.amounts, strict=True)))
+
+    @property
+    def amounts(self) -> tuple[float, ...]:
+        return (self.parameters, self.gradients, self.optimizer, self.vectors, self.activations, self.logits)
+
+    @property
+    def total(self) -> int:
+        return round(sum(self.amounts))
+
+
+@dataclass(frozen=True)
+class _Model:
+    """A model's part on one rank."""
+
+    architecture: Architecture
+    size: int  # bytes of a number in it
+    vocab_size: int
+    sequence_length: int
+    tensor_parallel: int
+    pipeline_parallel: int = 1
+    shards_sequence: bool = False
+    recomputes: bool = False
+    is_fused: bool = True
+    has_output: bool = True
+
+    @property
+    def numel(self) -> int:
+        return self.architecture.num_parameters_on_rank(
+            self.vocab_size, self.tensor_parallel, self.pipeline_parallel, self.has_output
+        )
+
+    def parameters(self) -> Peak:
+        return Peak(parameters=self.size * self.numel)
+
+    def trained(self, sharing: int) -> Peak:
+        """Everything that stays from step to step.
+
+        :param sharing: ranks that masters and moments are shared out over.
+        """
+        masters = 0 if self.size == _FLOAT else _FLOAT
+        optimizer = (masters + 2 * _FLOAT) * self.numel / sharing
+        return self.parameters() + Peak(gradients=_FLOAT * self.numel, optimizer=optimizer)
+
+    def logits(self, tokens: int) -> int:
+        """Numbers."""
+        return tokens * padded_vocab_size(self.vocab_size) // self.tensor_parallel
+
+    def graph(self, tokens: int, in_flight: int = 1) -> Peak:
+        """What a backward pass finds, and the largest that passes beside it.
+
+        :param in_flight: micro-batches whose graphs are there at a time.
+        """
+        architecture, hidden = self.architecture, self.architecture.hidden_size
+        num_layers = -(-architecture.num_layers // self.pipeline_parallel)
+        block = architecture.activations_per_token(
+            self.sequence_length, self.tensor_parallel, self.shards_sequence, self.is_fused
+        )
+        kept = num_layers * (hidden // (self.tensor_parallel if self.shards_sequence else 1))
+        numbers = tokens * (kept + block if self.recomputes else num_layers * block) * in_flight
+        if self.has_output:
+            numbers += 2 * tokens * hidden  # of the last norm
+        return Peak(activations=self.size * (numbers + self._passing(tokens)))
+
+    def _passing(self, tokens: int) -> float:
+        """Gradients that pass: the output layer's, or a block's, by whose time what its MLP kept is gone."""
+        architecture, hidden = self.architecture, self.architecture.hidden_size
+        table = padded_vocab_size(self.vocab_size) * hidden // self.tensor_parallel
+        mlp = tokens * architecture.ffn_hidden_size / self.tensor_parallel
+        pairs = tokens * architecture.num_attention_heads * self.sequence_length / self.tensor_parallel
+        candidates = [tokens * hidden + 2 * mlp]
+        if self.has_output:
+            candidates.append(table + tokens * hidden)
+        if not self.is_fused:
+            candidates.append(2 * pairs - 2 * mlp)
+        return max(candidates)
+
+    def forward(self, tokens: int) -> Peak:
+        """The widest place of a pass without a graph, logits left out; embeddings and a block's input stay until its
+        end."""
+        architecture, hidden = self.architecture, self.architecture.hidden_size
+        key_values = architecture.num_query_groups * architecture.head_size
+        attention = 3 * hidden + (4 * hidden + 3 * key_values) / self.tensor_parallel
+        width = architecture.ffn_hidden_size * (3 if architecture.activation == "swiglu" else 2)
+        mlp = 4 * hidden + width / self.tensor_parallel
+        return Peak(activations=self.size * tokens * max(attention, mlp))
+
+
+def stage_memory(config: RunConfig, command: str, chunk: int = GPU_CHUNK) -> Peak | None:
+    """Of a rank of a stage, by the stage's command; None for a stage without a model.
+
+    With `bilevel.curvature=exact` it is rough: the graph of a gradient is taken as three of a loss.
+
+    :param chunk: logits that losses hold in float32 at a time.
+    """
+    known: dict[str, Callable[[], Peak]] = {
+        "warmup-proxy": lambda: _warmup_proxy(config),
+        "warmup-target": lambda: _pretrain(config, has_reference=False),
+        "pretrain": lambda: _pretrain(config, has_reference=True),
+        "evaluate": lambda: _evaluate(config),
+        "cache-target": lambda: _cache_target(config, chunk),
+        "bilevel": lambda: _bilevel(config, chunk),
+        "score": lambda: _score(config),
+    }
+    if command not in known or (command == "score" and config.method == "dsir"):
+        return None
+    return known[command]()
+
+
+def _proxy(config: RunConfig, has_output: bool = True) -> _Model:
+    proxy = config.proxy
+    return _Model(
+        resolve(proxy.model), _size(proxy.model), config.data.tokenizer.vocab_size, config.data.sequence_length,
+        proxy.tensor_parallel, shards_sequence=proxy.sequence_parallel, recomputes=proxy.recompute,
+        has_output=has_output,
+    )  # fmt: skip
+
+
+def _target(config: RunConfig) -> _Model:
+    """As Megatron trains it."""
+    target = config.target
+    return _Model(
+        resolve(target.model), _size(target.model), config.data.tokenizer.vocab_size, config.data.sequence_length,
+        target.tensor_parallel, target.pipeline_parallel, target.sequence_parallel, recomputes_target(config),
+        attention_is_fused(config),
+    )  # fmt: skip
+
+
+def _size(model: ModelConfig) -> int:
+    return 2 if model.bf16 else _FLOAT
+
+
+def _sharing(config: RunConfig) -> int:
+    """Ranks that the proxy's optimizer is shared out over."""
+    if not config.proxy.distributed_optimizer:
+        return 1
+    return max(config.launch.nproc_per_node // config.proxy.tensor_parallel, 1)
+
+
+def _warmup_proxy(config: RunConfig) -> Peak:
+    proxy, tokens = _proxy(config), config.bilevel.micro_batch_size * config.data.sequence_length
+    vectors = Peak(vectors=_FLOAT * proxy.numel)
+    return proxy.trained(_sharing(config)) + vectors + proxy.graph(tokens) + _loss(proxy, tokens)
+
+
+def _loss(model: _Model, tokens: int) -> Peak:
+    """Megatron's cross-entropy: the softmax in float32, beside logits in the model's own precision if that is less."""
+    return Peak(logits=model.logits(tokens) * (_FLOAT if model.size == _FLOAT else _FLOAT + model.size))
+
+
+def _pretrain(config: RunConfig, has_reference: bool) -> Peak:
+    target, model = config.target, _target(config)
+    ranks = config.launch.nproc_per_node // (target.tensor_parallel * target.pipeline_parallel)
+    sharing = max(ranks, 1) if "--use-distributed-optimizer" in target.extra_args else 1
+    state, tokens = model.trained(sharing), target.micro_batch_size * config.data.sequence_length
+    tokens //= target.context_parallel
+    stays = state
+    if has_reference and config.online.method != "none":
+        if not config.online.offload:
+            stays += model.parameters()
+        if config.online.method == "blade":  # while it is trained, a training of its own
+            stays += state
+    return stays + model.graph(tokens, in_flight=target.pipeline_parallel) + _loss(model, tokens)
+
+
+def _evaluate(config: RunConfig) -> Peak:
+    """The decay branch, or passes over the measured sets where there is none."""
+    if config.evaluation.decay_steps:
+        return _pretrain(config, has_reference=False) + _held_reference(config)
+    model, tokens = _target(config), config.scoring.batch_tokens
+    return model.parameters() + model.forward(tokens) + _loss(model, tokens)
+
+
+def _held_reference(config: RunConfig) -> Peak:
+    return Peak() if config.online.method == "none" or config.online.offload else _target(config).parameters()
+
+
+def _cache_target(config: RunConfig, chunk: int) -> Peak:
+    model, tokens = _target(config), config.target.micro_batch_size * config.data.sequence_length
+    logits = model.size * model.logits(tokens) + 2 * _FLOAT * min(chunk, model.logits(tokens))
+    return model.parameters() + model.forward(tokens) + Peak(logits=logits)
+
+
+def _score(config: RunConfig) -> Peak:
+    """By the score model; a method that scores by the proxy's loss has its logits on top."""
+    model, tokens = _proxy(config, has_output=config.method == "perplexity"), config.scoring.batch_tokens
+    if config.scoring.bf16:
+        model = replace(model, size=2)
+    return model.parameters() + model.forward(tokens) + (_loss(model, tokens) if model.has_output else Peak())
+
+
+def _bilevel(config: RunConfig, chunk: int) -> Peak:
+    """The largest of an outer step's moments, on top of what stays from step to step."""
+    bilevel, sharing = config.bilevel, _sharing(config)
+    proxy, score = _proxy(config), _proxy(config, has_output=False)
+    tokens = bilevel.micro_batch_size * config.data.sequence_length
+    stays = proxy.trained(sharing) + score.trained(sharing) + Peak(vectors=2 * _FLOAT * proxy.numel / sharing)
+    if bilevel.gamma and not bilevel.uses_cached_target:
+        target = replace(_proxy(config), architecture=resolve(config.target.model), size=_size(config.target.model))
+        stays += target.parameters() + Peak(logits=target.size * target.logits(tokens))
+    own, whole, numel = _FLOAT * proxy.numel / sharing, _FLOAT * proxy.numel, proxy.logits(tokens)
+    logits, held = proxy.size * numel, _FLOAT * min(chunk, numel)
+    learns = Peak(vectors=_FLOAT * score.numel) + score.graph(tokens)
+    graph = proxy.graph(tokens)
+    validation = Peak(vectors=whole, logits=logits + 2 * held) + graph
+    moments = [learns, validation, *_curvature(config, proxy, tokens, own, whole, held)]
+    return stays + max(moments, key=lambda moment: moment.total)
+
+
+def _curvature(config: RunConfig, proxy: _Model, tokens: int, own: float, whole: int, held: int) -> list[Peak]:
+    """Moments of gradient, curvature product and g_i.
+
+    :param own: bytes of a vector of masters. :param whole: of an accumulator. :param held: of a chunk of logits.
+    """
+    graph, numel = proxy.graph(tokens), proxy.logits(tokens)
+    logits = proxy.size * numel
+    copies = 0 if proxy.size == _FLOAT else 1  # of float32 logits in the model's precision
+    if config.bilevel.curvature == "gauss-newton":
+        vectors = 2 * whole + (2 * own if config.bilevel.solver == "conjugate-gradient" else 0)
+        differences = Peak(vectors=vectors + own, logits=2 * _FLOAT * numel + copies * logits) + proxy.forward(tokens)
+        pulled = Peak(vectors=vectors, logits=logits + _FLOAT * numel + copies * logits) + graph
+        return [differences, pulled, Peak(vectors=vectors, logits=logits + 4 * held) + graph]
+    if config.bilevel.curvature == "finite-difference":
+        return [Peak(vectors=2 * whole + own, logits=logits + 4 * held) + graph]
+    if config.bilevel.curvature == "none":
+        return [Peak(vectors=whole, logits=logits + 4 * held) + graph]
+    twice = replace(proxy, is_fused=False).graph(tokens)
+    return [Peak(vectors=2 * whole, logits=9 * _FLOAT * numel) + twice + twice + twice]
