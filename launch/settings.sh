@@ -14,7 +14,7 @@ QOS=${QOS:-}
 CPU_CPUS=${CPU_CPUS:-8} # inventory, select, prepare, ngrams, report: one process on one node, without a GPU
 CPU_TIME=${CPU_TIME:-04:00:00}
 
-SIDE_NODES=${SIDE_NODES:-1} # warm-up of the proxy, bilevel loop
+SIDE_NODES=${SIDE_NODES:-1} # warm-up of the proxy, bilevel loop, influence
 SIDE_GPUS=${SIDE_GPUS:-8}
 SIDE_CPUS=${SIDE_CPUS:-}
 SIDE_TIME=${SIDE_TIME:-24:00:00}

@@ -22,7 +22,7 @@ shift 2
 case ${1:-} in [0-9]*) arguments+=("$1"); shift ;; esac
 
 case $script in
-    bilevel) group=SIDE ;;
+    bilevel | influence | fit-influence) group=SIDE ;;
     score) group=SCORE ;;
     pretrain) group=PRETRAIN ;;
     evaluate | cache-target) group=EVALUATE ;;

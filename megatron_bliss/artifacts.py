@@ -102,6 +102,14 @@ class RunPaths:
     def bilevel(self, number: int) -> Path:
         return self.round(number) / "bilevel"
 
+    def influence(self, number: int) -> Path:
+        """What steps on single sequences do to the validation loss, measured."""
+        return self.round(number) / "influence"
+
+    def influence_model(self, number: int) -> Path:
+        """The score model fitted to that."""
+        return self.round(number) / "influence-model"
+
     def ngrams(self, number: int) -> Path:
         return self.round(number) / "ngrams"
 

@@ -291,6 +291,24 @@ def cache_target(run_dir: RunOption, number: RoundOption) -> None:
 
 
 @app.command(rich_help_panel=_STAGES)
+def influence(run_dir: RunOption, number: RoundOption) -> None:
+    """Measure what steps on a sample of the round's slice do to the validation loss, for method mates."""
+    with _stage(run_dir, "influence", number):
+        from megatron_bliss.stages import influence as stage
+
+        stage.run(run_dir, number)
+
+
+@app.command(name="fit-influence", rich_help_panel=_STAGES)
+def fit_influence(run_dir: RunOption, number: RoundOption) -> None:
+    """Fit the score model to what influence has measured, for method mates."""
+    with _stage(run_dir, "fit-influence", number):
+        from megatron_bliss.stages import fit_influence as stage
+
+        stage.run(run_dir, number)
+
+
+@app.command(rich_help_panel=_STAGES)
 def ngrams(run_dir: RunOption, number: RoundOption) -> None:
     """Count the n-grams of the round's slice and of the validation set, for method dsir."""
     with _stage(run_dir, "ngrams", number):

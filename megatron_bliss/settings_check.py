@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from megatron_bliss.errors import UserError
 
-METHODS = ("bliss", "dsir", "perplexity", "random", "all")
+METHODS = ("bliss", "mates", "dsir", "perplexity", "random", "all")
 WITHOUT_SCORES = ("random", "all")  # of the methods
 
 _CHOICES = {
@@ -60,6 +60,11 @@ _POSITIVE = (
     "bilevel.z_steps",
     "bilevel.kl_top_k",
     "bilevel.checkpoint_interval",
+    "mates.reference_sequences",
+    "mates.fit_epochs",
+    "mates.fit_batch_size",
+    "mates.fit_lr",
+    "mates.checkpoint_interval",
     "dsir.ngrams",
     "dsir.num_buckets",
     "dsir.fit_tokens",
@@ -94,6 +99,10 @@ _RULES: tuple[_Rule, ...] = (
     (_POSITIVE_IF_GIVEN, lambda value: value is None or value > 0, "must be above 0"),
     (_NOT_NEGATIVE, lambda value: value >= 0, "must not be below 0"),
     (("warmup.fraction",), lambda value: 0 < value <= 1, "must be above 0 and at most 1"),
+    (("mates.sample_size",), lambda value: value >= 4, "must be at least 4"),
+    (("mates.lr",), lambda value: value is None or value > 0, "must be above 0"),
+    (("mates.held_out",), lambda value: 0 < value < 1, "must be above 0 and below 1"),
+    (("mates.temperature",), lambda value: 0 <= value < math.inf, "must be a number that is not below 0"),
     (("bilevel.gradient_average",), lambda value: 0 <= value < 1, "must be at least 0 and below 1"),
     (("data.validation_rate",), lambda value: 0 < value < math.inf, "must be above 0"),
 )
@@ -143,6 +152,11 @@ def check(settings: Any) -> None:
     check_online(settings.online)
     _check_online_layout(settings)
     _check_pool_lasts(settings)
+    if settings.selection.threshold is not None and settings.method == "mates" and settings.mates.temperature:
+        raise UserError(
+            f"mates.temperature is {settings.mates.temperature}; it moves scores at random, which no "
+            "selection.threshold fits; set it to 0, or give selection.fraction or selection.tokens"
+        )
     if settings.selection.threshold is not None and (settings.method in WITHOUT_SCORES or settings.controls):
         raise UserError(
             f"selection.threshold is for one method's scores; with method={' or '.join(WITHOUT_SCORES)} or controls, "

@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 
 from megatron_bliss.artifacts import RunPaths, read_json, write_json
 from megatron_bliss.config import ControlConfig, RunConfig, load_comparison
+from megatron_bliss.data.correlation import spearman
 from megatron_bliss.errors import UserError
 from megatron_bliss.orchestration import compare, local, state
 from megatron_bliss.orchestration.plan import arms, plan
 from megatron_bliss.orchestration.state import prepare
-from megatron_bliss.report import comparison, comparison_page
-from megatron_bliss.report.statistics import BETTER, NO_DIFFERENCE, UNKNOWN, WORSE, Spread, spearman, spread, verdict
+from megatron_bliss.report import comparison, comparison_page, result
+from megatron_bliss.report.statistics import BETTER, NO_DIFFERENCE, UNKNOWN, WORSE, Spread, spread, verdict
 from megatron_bliss.stages.inventory import collect as take_inventory
 from tests.fake_run import fake_command, journal
 from tests.test_report import write_results, write_selections
@@ -253,6 +254,16 @@ def test_a_domains_mean_score_leaves_out_what_was_not_scored(out: Path) -> None:
         np.save(paths.scores(1) / f"{name}.npy", np.array([1 + place, np.nan, least, 3 + place], np.float32))
     write_json(paths.scores(1) / "manifest.json", {"schema": 1})
     assert comparison._mean_scores(one.arm("bliss")) == {"noise": 3.0, "walk": 2.0}
+
+
+def test_how_well_influences_are_predicted_is_a_mean_over_rounds(out: Path) -> None:
+    for number, correlation in ((1, 0.4), (2, 0.6)):
+        directory = RunPaths(out / "seed-1").influence_model(number)
+        write_json(directory / "fit.json", {"schema": 1, "held_out_spearman": correlation})
+    found = comparison.write(out)["arms"]["bliss"]
+    assert found["seeds"]["1"]["influence_correlation"] == pytest.approx(0.5)
+    assert found["influence_correlation"]["count"] == 1
+    assert result.demo_result(out / "seed-1")["arms"]["bliss"]["influence_correlation"] == pytest.approx(0.5)
 
 
 def test_reference_work_counts_as_selection(out: Path) -> None:

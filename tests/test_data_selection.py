@@ -21,6 +21,7 @@ from megatron_bliss.errors import UserError
 from megatron_bliss.methods import offline_method
 from megatron_bliss.methods.perplexity import Perplexity
 from megatron_bliss.methods.random import Random
+from megatron_bliss.settings_check import METHODS
 from tests.toy_shards import fake_record, records_of, write_shard
 
 # --- seeds
@@ -268,9 +269,10 @@ def test_nothing_to_draw_is_an_error() -> None:
 
 
 def test_methods_by_name() -> None:
-    found = {name: offline_method(RunConfig(method=name)) for name in ("bliss", "dsir", "perplexity", "random", "all")}
+    found = {name: offline_method(RunConfig(method=name)) for name in METHODS}
     assert [(m.name, m.scored_by, m.learns) for m in found.values()] == [
-        ("bliss", "score_model", "bilevel"), ("dsir", "ngrams", "ngrams"), ("perplexity-low", "proxy_loss", None),
+        ("bliss", "score_model", "bilevel"), ("mates", "score_model", "influence"), ("dsir", "ngrams", "ngrams"),
+        ("perplexity-low", "proxy_loss", None),
         ("random", "none", None), ("all", "none", None),
     ]  # fmt: skip
 

@@ -10,7 +10,7 @@ from megatron_bliss.config.data import DataConfig, DomainConfig, TokenizerConfig
 from megatron_bliss.config.files import differences, load_config, load_online_config, read_saved_config, save_config
 from megatron_bliss.config.guards import GuardsConfig
 from megatron_bliss.config.launch import JobConfig, LaunchConfig, SlurmConfig
-from megatron_bliss.config.methods import BILEVEL_PRESETS, BilevelConfig, DsirConfig, PerplexityConfig
+from megatron_bliss.config.methods import BILEVEL_PRESETS, BilevelConfig, DsirConfig, MatesConfig, PerplexityConfig
 from megatron_bliss.config.models import EvaluationConfig, ModelConfig, ProxyConfig, TargetConfig, WarmupConfig
 from megatron_bliss.config.online import OnlineConfig
 from megatron_bliss.config.run import ControlConfig, RunConfig, proxy_run, warmup_run
@@ -29,6 +29,7 @@ __all__ = [
     "GuardsConfig",
     "JobConfig",
     "LaunchConfig",
+    "MatesConfig",
     "ModelConfig",
     "OnlineConfig",
     "PerplexityConfig",

@@ -26,7 +26,7 @@ class SlurmConfig:
     partition: str | None = None
     qos: str | None = None
     cpu: JobConfig = field(default_factory=JobConfig)  # inventory, select, prepare, ngrams, report
-    side: JobConfig = field(default_factory=JobConfig)  # the proxy's warm-up, the bilevel loop
+    side: JobConfig = field(default_factory=JobConfig)  # the proxy's warm-up, the bilevel loop, influence
     score: JobConfig = field(default_factory=JobConfig)
     pretrain: JobConfig = field(default_factory=JobConfig)
     evaluate: JobConfig = field(default_factory=JobConfig)  # and cache-target

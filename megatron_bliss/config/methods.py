@@ -70,6 +70,26 @@ class DsirConfig:
     fit_tokens: int = 1_000_000_000  # of the slice that q is fitted to, at most, about
 
 
+@dataclass
+class MatesConfig:
+    """The `mates` method (arXiv 2406.06046); the numbers are those of the authors' code.
+
+    The oracle: how much one optimizer step on a sequence, from a model's weights and Adam state, lowers its loss on a
+    reference batch of the validation set. It is measured on a sample of the slice, and a score model is fitted to it.
+    The authors probe the model in training; here it is the warmed-up proxy, as the side process holds nothing larger.
+    """
+
+    sample_size: int = 80_000  # sequences of the round's slice that are probed, at most
+    reference_sequences: int = 64  # of each validation set, drawn for the round
+    lr: float | None = None  # of the probing step; null: warmup.proxy_lr, which the schedule of the warm-up peaks at
+    held_out: float = 0.1  # of the sample: not fitted to, for the rank correlation that the stage reports
+    fit_epochs: int = 5
+    fit_batch_size: int = 64  # sequences, over all data-parallel ranks
+    fit_lr: float = 5e-5
+    temperature: float = 1.0  # of the Gumbel noise, in standard deviations of the influence; instead of `selection`'s
+    checkpoint_interval: int = 1000  # probed sequences, and steps of the fit
+
+
 # What `preset: paper` sets; the 410M settings of the authors' code. Settings given by the user win over it.
 BILEVEL_PRESETS: dict[str, dict[str, Any]] = {
     "default": {},

@@ -10,7 +10,7 @@ from megatron_bliss.artifacts import RunPaths
 from megatron_bliss.config.data import DataConfig
 from megatron_bliss.config.guards import GuardsConfig
 from megatron_bliss.config.launch import LaunchConfig
-from megatron_bliss.config.methods import BilevelConfig, DsirConfig, PerplexityConfig
+from megatron_bliss.config.methods import BilevelConfig, DsirConfig, MatesConfig, PerplexityConfig
 from megatron_bliss.config.models import EvaluationConfig, ProxyConfig, TargetConfig, WarmupConfig
 from megatron_bliss.config.online import OnlineConfig
 from megatron_bliss.config.selection import ScoringConfig, SelectionConfig
@@ -32,7 +32,7 @@ class RunConfig:
     """One experiment."""
 
     seed: int = 1234
-    method: str = "bliss"  # bliss | dsir | perplexity | random | all
+    method: str = "bliss"  # bliss | mates | dsir | perplexity | random | all
     rounds: int = 4
     round_steps: int = 10_000  # optimizer steps of the LLM in a round
     data: DataConfig = field(default_factory=DataConfig)
@@ -40,6 +40,7 @@ class RunConfig:
     proxy: ProxyConfig = field(default_factory=ProxyConfig)
     warmup: WarmupConfig = field(default_factory=WarmupConfig)
     bilevel: BilevelConfig = field(default_factory=BilevelConfig)
+    mates: MatesConfig = field(default_factory=MatesConfig)
     perplexity: PerplexityConfig = field(default_factory=PerplexityConfig)
     dsir: DsirConfig = field(default_factory=DsirConfig)
     scoring: ScoringConfig = field(default_factory=ScoringConfig)

@@ -5,6 +5,7 @@ from megatron_bliss.methods.all import All
 from megatron_bliss.methods.blade import Blade
 from megatron_bliss.methods.bliss import Bliss
 from megatron_bliss.methods.dsir import Dsir
+from megatron_bliss.methods.mates import Mates
 from megatron_bliss.methods.offline import OfflineMethod
 from megatron_bliss.methods.perplexity import Perplexity
 from megatron_bliss.methods.random import Random
@@ -16,6 +17,8 @@ def offline_method(config: RunConfig) -> OfflineMethod:
     """The method a run selects by; `settings_check.METHODS` lists the names."""
     if config.method == "bliss":
         return Bliss()
+    if config.method == "mates":
+        return Mates(config.mates.temperature)
     if config.method == "perplexity":
         return Perplexity(config.perplexity.keep)
     if config.method == "dsir":

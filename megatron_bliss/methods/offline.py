@@ -21,7 +21,7 @@ class OfflineMethod(Protocol):
 
     name: str
     scored_by: Literal["score_model", "proxy_loss", "ngrams", "none"]  # whose output is scored; none: no score stage
-    learns: Literal["bilevel", "ngrams"] | None = None  # the stage of a round that makes what it is scored by
+    learns: Literal["bilevel", "influence", "ngrams"] | None = None  # how a round makes what it is scored by
     takes_all: bool = False  # each round takes all that it is offered, whatever the rounds before took
     needs_median: bool = False  # `compared` has to know the median of all candidates' scores
 

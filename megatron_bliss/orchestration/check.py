@@ -72,6 +72,8 @@ def _check_selection(arm: Arm, trains_proxy: bool, ranks: Ranks) -> None:
         _check_proxy(arm.config, trains_proxy or arm.config.warmup.own_proxy, ranks)
     if arm.method.learns == "bilevel":
         _check_bilevel(arm.config, ranks)
+    if arm.method.learns == "influence":
+        _check_shared(arm.config, "mates.fit_batch_size", arm.config.mates.fit_batch_size, ranks)
     if arm.method.learns == "ngrams":
         _check_words(arm.config)
 

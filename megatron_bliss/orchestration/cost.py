@@ -67,12 +67,12 @@ def target_flops_per_step(config: RunConfig) -> float:
 
 
 def selection_flops(arm: Arm, pool: PoolSize | None) -> float | None:
-    """What an arm spends to know what to train on: its proxy's warm-up, the bilevel loops and the scoring."""
+    """What an arm spends to know what to train on: its proxy's warm-up, how its score model learns, and the scoring."""
     costs = arm_costs(arm, pool)
     names = [
         arm.stage_name(command, r)
         for r in range(1, arm.config.rounds + 1)
-        for command in ("cache-target", "bilevel", "score")
+        for command in ("cache-target", "bilevel", "influence", "fit-influence", "score")
     ]
     parts = [costs[name].flops for name in names if name in costs]
     if arm.method.needs_proxy:
@@ -121,6 +121,9 @@ def arm_costs(arm: Arm, pool: PoolSize | None) -> dict[str, Cost]:
     for number in range(1, config.rounds + 1):
         if arm.method.learns == "ngrams":
             costs[arm.stage_name("ngrams", number)] = _ngrams(config, offered)
+        if arm.method.learns == "influence":
+            costs[arm.stage_name("influence", number)] = _influence(config, offered)
+            costs[arm.stage_name("fit-influence", number)] = _fit_influence(config, offered)
         if arm.method.learns == "bilevel":
             costs[arm.stage_name("bilevel", number)] = _bilevel(config)
             costs[arm.stage_name("cache-target", number)] = _cache_target(config)
@@ -174,6 +177,28 @@ def _cache_target(config: RunConfig) -> Cost:
     tokens = sequences * config.data.sequence_length
     disk = tokens * bytes_per_token(bilevel.kl_top_k, config.data.tokenizer.vocab_size)
     return Cost(sequences, tokens, tokens * target_flops(config), disk)
+
+
+def _influence(config: RunConfig, offered: PoolSize | None) -> Cost:
+    """A step on every sequence of the sample, and the reference batch after it."""
+    size = _sample_size(config, offered)
+    reference = config.mates.reference_sequences * len(config.data.validation_prefixes)
+    length = config.data.sequence_length
+    flops = size * length * (1 + reference * _FORWARD) * _training_flops_per_token(config, proxy=True)
+    return Cost(size * (1 + reference), size * (1 + reference) * length, flops, 8 * size)
+
+
+def _fit_influence(config: RunConfig, offered: PoolSize | None) -> Cost:
+    """Its epochs, and a forward pass over the whole sample."""
+    size, settings, length = _sample_size(config, offered), config.mates, config.data.sequence_length
+    fitted = round(size * (1 - settings.held_out)) * settings.fit_epochs
+    flops = (fitted + size * _FORWARD) * length * _training_flops_per_token(config, proxy=True)
+    return Cost(fitted + size, (fitted + size) * length, flops, _checkpoint_bytes(config, proxy=True))
+
+
+def _sample_size(config: RunConfig, offered: PoolSize | None) -> int:
+    """Sequences that are probed in a round: no more than it is offered."""
+    return min(config.mates.sample_size, offered.num_sequences) if offered else config.mates.sample_size
 
 
 def _ngrams(config: RunConfig, offered: PoolSize | None) -> Cost:

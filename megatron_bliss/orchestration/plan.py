@@ -196,6 +196,13 @@ def _round(arm: Arm, number: int, earlier: set[str]) -> list[Stage]:
                 distributed=False,
             )
         )
+    if method.learns == "influence":
+        influence, model = paths.influence(number), paths.influence_model(number)
+        needs, inputs = [inventory, warmup_proxy], [inventory_file, proxy]
+        stages.append(_stage(arm, "influence", needs=needs, inputs=inputs, output=influence, round_number=number))
+        after_model = [arm.stage_name("fit-influence", number)]
+        needs, inputs = [*needs, stages[-1].name], [*inputs, influence]
+        stages.append(_stage(arm, "fit-influence", needs=needs, inputs=inputs, output=model, round_number=number))
     if method.learns == "bilevel":
         needs, inputs = [inventory, warmup_proxy, *after_target], [inventory_file, proxy, *target]
         if arm.config.bilevel.uses_cached_target:

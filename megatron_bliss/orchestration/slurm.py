@@ -23,6 +23,8 @@ from megatron_bliss.orchestration.slurm_queue import Job
 _SCRIPTS = {"warmup-select": "select", "warmup-proxy": "bilevel", "warmup-target": "pretrain"}
 _KINDS = {
     "bilevel": "side",
+    "influence": "side",
+    "fit-influence": "side",
     "score": "score",
     "pretrain": "pretrain",
     "evaluate": "evaluate",

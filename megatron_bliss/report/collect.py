@@ -1,6 +1,7 @@
 """What a run and its control arms have measured so far, read from their files."""
 
 import json
+import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ class RoundFiles:
     kept: dict[str, Counts]  # by domain
     bilevel: list[dict[str, float]]  # one entry an outer step
     training: list[dict[str, float]]  # of the LLM, by domain; one entry a line of Megatron's log
+    influence_correlation: float | None = None  # of `mates`: predicted with measured, of sequences that were held out
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,12 @@ class ArmFiles:
     @property
     def curve(self) -> list[Point]:
         return sorted((point for entry in self.rounds for point in entry.curve), key=lambda point: point.iteration)
+
+    @property
+    def influence_correlation(self) -> float | None:
+        """Mean over the rounds that have one."""
+        found = [entry.influence_correlation for entry in self.rounds if entry.influence_correlation is not None]
+        return statistics.fmean(found) if found else None
 
     @property
     def decays(self) -> list[Point]:
@@ -103,7 +111,10 @@ def _round(paths: RunPaths, number: int) -> RoundFiles:
         decay = Point(**place, **results["decay"])
         curve = [Point(**point) for point in results["curve"]]
     bilevel, training = paths.bilevel(number) / "metrics.jsonl", paths.training_metrics(number)
-    return RoundFiles(number, decay, curve, _kept(paths.selection(number)), _metrics(bilevel), _metrics(training))
+    fit = paths.influence_model(number) / "fit.json"
+    correlation = read_json(fit)["held_out_spearman"] if fit.exists() else None
+    kept = _kept(paths.selection(number))
+    return RoundFiles(number, decay, curve, kept, _metrics(bilevel), _metrics(training), correlation)
 
 
 def _kept(directory: Path) -> dict[str, Counts]:

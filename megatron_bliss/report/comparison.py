@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from megatron_bliss.artifacts import read_json, write_json
+from megatron_bliss.data.correlation import spearman
 from megatron_bliss.data.inventory import Inventory
 from megatron_bliss.errors import UserError
 from megatron_bliss.orchestration import state
@@ -21,7 +22,7 @@ from megatron_bliss.orchestration.plan import plan
 from megatron_bliss.report.collect import ArmFiles, Point, RunFiles, collect
 from megatron_bliss.report.result import AFTER_DECAY, BEFORE_DECAY, interpolate
 from megatron_bliss.report.speedup import Speedup, speedup
-from megatron_bliss.report.statistics import spearman, spread, verdict
+from megatron_bliss.report.statistics import spread, verdict
 
 _SHARED = ("inventory", "warmup-select", "prepare", "warmup-target", "pretrain", "evaluate", "report")
 
@@ -138,6 +139,7 @@ def _arm(name: str, runs: list[SeedRun], bases: dict[str, str | None]) -> dict[s
         "domain_loss": {d: over(found["domain_loss"].get(d) for found in seeds.values()) for d in domains},
         "domain_difference": {d: over(found["domain_difference"].get(d) for found in seeds.values()) for d in domains},
         **{f"speedup_over_{method}": _with_bound(f"speedup_over_{method}", seeds.values(), over) for method in bases},
+        "influence_correlation": each("influence_correlation"),
         "tokens": each("tokens"),
         "selection_flops": each("selection_flops"),
         "train_flops": each("train_flops"),
@@ -179,6 +181,7 @@ def _one_seed(name: str, one: SeedRun, bases: dict[str, str | None]) -> dict[str
             f"speedup_over_{method}": asdict(gain) if (gain := _speedup(one, files, bases[method])) else None
             for method in bases
         },
+        "influence_correlation": files.influence_correlation,
         "tokens": one.iteration * config.target.global_batch_size * config.data.sequence_length,
         "selection_flops": _selection_flops(one, files),
         "train_flops": train_flops(config, one.iteration),

@@ -19,6 +19,8 @@ _PARTS = {
     "warmup-proxy": "proxy: warm-up",
     "cache-target": "selection: bilevel loop",
     "bilevel": "selection: bilevel loop",
+    "influence": "selection: influence",
+    "fit-influence": "selection: influence",
     "ngrams": "selection: scoring",
     "score": "selection: scoring",
     "inventory": _SELECTING,

@@ -78,6 +78,7 @@ def _arm(run: RunFiles, files: ArmFiles, point: Point | None, iteration: int) ->
         "tokens": iteration * config.target.global_batch_size * config.data.sequence_length,
         "selection_flops": selection_flops(files.arm, run.pool),
         "train_flops": train_flops(config, iteration),
+        "influence_correlation": files.influence_correlation,
         "last_decay": {"iteration": last.iteration, "test_loss": last.loss} if last else None,
     }
 

@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 
+from megatron_bliss.data.correlation import spearman
 from megatron_bliss.data.shards import ShardRecord
 from megatron_bliss.errors import UserError
 from megatron_bliss.inspection.overview import overview
 from megatron_bliss.inspection.rounds import Run
-from megatron_bliss.report.statistics import spearman
 
 _SAMPLES = 3  # sequences of each kind
 _CHARACTERS = 700  # of a sequence's text

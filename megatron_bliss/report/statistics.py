@@ -1,11 +1,8 @@
-"""Means, spreads and verdicts over seeds, and rank correlation: pure functions."""
+"""Means, spreads and verdicts over seeds: pure functions."""
 
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import numpy as np
 
 BETTER, WORSE, NO_DIFFERENCE, UNKNOWN = "better", "worse", "no difference", "unknown"
 
@@ -38,21 +35,3 @@ def verdict(differences: Sequence[float]) -> str:
     if not agree or abs(found.mean) <= found.std:
         return NO_DIFFERENCE
     return BETTER if found.mean < 0 else WORSE
-
-
-def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
-    """Rank correlation (ties share their mean rank); None where a side has fewer than two different values."""
-    assert len(first) == len(second)
-    if len(set(first)) < 2 or len(set(second)) < 2:
-        return None
-    one, other = (_ranks(values) for values in (first, second))
-    one, other = one - one.mean(), other - other.mean()
-    return float((one * other).sum() / math.sqrt((one**2).sum() * (other**2).sum()))
-
-
-def _ranks(values: Sequence[float]) -> np.ndarray:
-    """From 1, ties at their mean: float64 [n]."""
-    _, places, counts = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    ranks: np.ndarray = (ends - (counts - 1) / 2)[places]
-    return ranks

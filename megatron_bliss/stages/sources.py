@@ -51,6 +51,8 @@ def model_directory(paths: RunPaths, config: RunConfig, round_number: int) -> Pa
     learns = offline_method(config).learns
     if learns == "bilevel":
         return paths.bilevel(round_number)
+    if learns == "influence":
+        return paths.influence_model(round_number)
     if learns == "ngrams":
         return paths.ngrams(round_number)
     return proxy_run(config, paths).warmup_proxy
