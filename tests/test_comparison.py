@@ -207,7 +207,8 @@ def seed_files(out: Path, config: RunConfig, losses: dict[str, float]) -> None:
         for number in (1, 2):
             (arm.paths.round(number)).mkdir(parents=True, exist_ok=True)
         kept = {"walk": 300, "noise": 100} if arm.name == "bliss" else {"walk": 100, "noise": 300}
-        write_selections(arm.paths, inventory, kept)
+        everything = {record.name: np.arange(record.num_sequences, dtype=np.int32) for record in inventory.pool}
+        write_selections(arm.paths, inventory, kept, {1: everything, 2: everything})
 
 
 @pytest.fixture
