@@ -184,7 +184,7 @@ def _influence(config: RunConfig, offered: PoolSize | None) -> Cost:
     size = _sample_size(config, offered)
     reference = config.mates.reference_sequences * len(config.data.validation_prefixes)
     length = config.data.sequence_length
-    flops = size * length * (1 + reference * _FORWARD) * _training_flops_per_token(config, proxy=True)
+    flops = size * length * proxy_flops(config, TRAINING + Passes(reference, 0))
     return Cost(size * (1 + reference), size * (1 + reference) * length, flops, 8 * size)
 
 
@@ -192,7 +192,7 @@ def _fit_influence(config: RunConfig, offered: PoolSize | None) -> Cost:
     """Its epochs, and a forward pass over the whole sample."""
     size, settings, length = _sample_size(config, offered), config.mates, config.data.sequence_length
     fitted = round(size * (1 - settings.held_out)) * settings.fit_epochs
-    flops = (fitted + size * _FORWARD) * length * _training_flops_per_token(config, proxy=True)
+    flops = length * proxy_flops(config, TRAINING * fitted + Passes(size, 0), has_output=False)
     return Cost(fitted + size, (fitted + size) * length, flops, _checkpoint_bytes(config, proxy=True))
 
 

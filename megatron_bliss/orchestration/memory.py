@@ -130,6 +130,8 @@ def stage_memory(config: RunConfig, command: str, chunk: int = GPU_CHUNK) -> Pea
         "evaluate": lambda: _evaluate(config),
         "cache-target": lambda: _cache_target(config, chunk),
         "bilevel": lambda: _bilevel(config, chunk),
+        "influence": lambda: _influence(config),
+        "fit-influence": lambda: _fit_influence(config),
         "score": lambda: _score(config),
     }
     if command not in known or (command == "score" and config.method == "dsir"):
@@ -173,6 +175,21 @@ def _warmup_proxy(config: RunConfig) -> Peak:
     return proxy.trained(_sharing(config)) + vectors + proxy.graph(tokens) + _loss(proxy, tokens)
 
 
+def _influence(config: RunConfig) -> Peak:
+    """A step on a sequence, or the reference batch after it; every rank has all of the optimizer's state, twice."""
+    proxy, length = _proxy(config), config.data.sequence_length
+    stays = proxy.trained(1) + Peak(vectors=3 * _FLOAT * proxy.numel)
+    step = Peak(vectors=_FLOAT * proxy.numel) + proxy.graph(length) + _loss(proxy, length)
+    tokens = config.bilevel.micro_batch_size * length
+    judged = proxy.forward(tokens) + _loss(proxy, tokens)
+    return stays + max(step, judged, key=lambda moment: moment.total)
+
+
+def _fit_influence(config: RunConfig) -> Peak:
+    model, tokens = _proxy(config, has_output=False), config.bilevel.micro_batch_size * config.data.sequence_length
+    return model.trained(_sharing(config)) + Peak(vectors=_FLOAT * model.numel) + model.graph(tokens)
+
+
 def _loss(model: _Model, tokens: int) -> Peak:
     """Megatron's cross-entropy: the softmax in float32, beside logits in the model's own precision if that is less."""
     return Peak(logits=model.logits(tokens) * (_FLOAT if model.size == _FLOAT else _FLOAT + model.size))
@@ -188,7 +205,8 @@ def _pretrain(config: RunConfig, has_reference: bool) -> Peak:
     if has_reference and config.online.method != "none":
         if not config.online.offload:
             stays += model.parameters()
-        if config.online.method == "blade":  # while it is trained, a training of its own
+        trains = config.online.method == "blade" or (config.online.method == "rho1" and not config.online.reference)
+        if trains:  # for that time, a training of its own
             stays += state
     return stays + model.graph(tokens, in_flight=target.pipeline_parallel) + _loss(model, tokens)
 
