@@ -244,10 +244,10 @@ def check_online(online: Any) -> None:
     for name, holds, rule in rules:
         if not holds:
             raise UserError(f"online.{name} is {getattr(online, name)}; it {rule}")
-    if (online.method == "rho1") != (online.reference is not None):
+    if online.reference is not None and online.method != "rho1":
         raise UserError(
-            f"online.reference is {online.reference} and online.method is {online.method}: the checkpoint of a "
-            "reference goes with rho1, which needs one, and with no other method; change one of them"
+            f"online.reference is {online.reference} and online.method is {online.method}: a given reference goes with "
+            "rho1 alone; change one of them"
         )
 
 

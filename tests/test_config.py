@@ -47,7 +47,6 @@ def test_paper_preset_sets_the_authors_solver_and_user_settings_win() -> None:
         ("selection.fraction=1.5", "selection.fraction is 1.5"),
         ("online.method=best", "online.method is 'best'; it must be one of none, blade, rho1, self"),
         ("online.keep=0", "online.keep is 0.0; it must be above 0 and at most 1"),
-        ("online.method=rho1", "online.reference is None and online.method is rho1"),
         ("online.reference=ckpt", "online.reference is ckpt and online.method is none"),
         ("method=best", "method is 'best'; it must be one of"),
         ("bilevel.solver=newton", "bilevel.solver is 'newton'"),

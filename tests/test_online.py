@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from megatron_bliss.artifacts import RunPaths
-from megatron_bliss.config import ModelConfig, load_config, save_config
+from megatron_bliss.config import ModelConfig, OnlineConfig, load_config, save_config
 from megatron_bliss.mcore.architectures import resolve
 from megatron_bliss.mcore.arguments import Files, training_arguments
 from megatron_bliss.mcore.checkpoint_files import read_iteration
 from megatron_bliss.mcore.script import PACKAGED_SCRIPT
+from megatron_bliss.methods import online_method
 from megatron_bliss.stages.pretrain import decay_branch
 from tests.distributed import run_ranks
 from tests.launch import finish, losses, run, start
@@ -20,6 +21,7 @@ from tests.tiny_run import SEQUENCE_LENGTH, VOCAB_SIZE, tiny_config, write_chain
 
 USER_SCRIPT = Path(__file__).parent / "scripts" / "pretrain_gpt.py"
 STEPS = 10
+LOOP = "--eval-iters 0 --eval-interval 100 --log-interval 1 --save-interval 4 --ckpt-format torch_dist"
 BLADE = ["--online", "blade", "--set", "sync_interval=3", "--set", "reference_steps=4"]
 
 
@@ -31,18 +33,7 @@ def arguments(folder: Path, *more: str, steps: int = STEPS) -> list[str]:
         *f"--train-samples {8 * steps} --lr 1e-2 --lr-decay-style constant --seed 3".split(),
         *f"--tokenizer-type NullTokenizer --vocab-size {VOCAB_SIZE} --padded-vocab-size {VOCAB_SIZE}".split(),
         *("--data-path", *data, "--split", "100,0,0", "--data-cache-path", str(folder / "cache")),
-        *[
-            "--eval-iters",
-            "0",
-            "--eval-interval",
-            "100",
-            "--log-interval",
-            "1",
-            "--save-interval",
-            "4",
-            "--ckpt-format",
-            "torch_dist",
-        ],
+        *LOOP.split(),
         *more,
     ]
 
@@ -120,13 +111,23 @@ def test_a_kill_amid_the_reference_steps_changes_nothing(folder: Path, undisturb
     assert ours == theirs
 
 
-def test_a_given_reference_and_an_average_select_too(folder: Path, undisturbed: dict[int, str]) -> None:
+def test_a_reference_that_stays_and_an_average_select_too(folder: Path, undisturbed: dict[int, str]) -> None:
     rho1 = ["--online", "rho1", "--set", f"reference={folder / 'undisturbed'}"]
     train(folder, "rho1", rho1, steps=4)
     steps = metrics(folder, "rho1")
     assert [line["step"] for line in steps] == [1, 2, 3, 4]
     assert steps[0]["reference_loss"] < steps[0]["loss"] - 0.3  # ten steps ahead
     assert steps[0]["kept_excess"] > steps[0]["excess"] > 0
+
+    tuned = ["--online", "rho1", "--set", "reference_steps=4", "--validation", str(folder / "valid")]
+    train(folder, "tuned", tuned, steps=4)
+    made, *steps = metrics(folder, "tuned")
+    assert (made["step"], made["sync"]) == (1, 1.0)
+    assert made["reference_validation_loss"] < made["reference_first_validation_loss"] - 0.1
+    assert "reference_train_loss" not in made
+    assert [line["step"] for line in steps] == [1, 2, 3, 4]
+    assert all("sync" not in line for line in steps)
+    assert not online_method(OnlineConfig("rho1")).is_due(5, num_syncs=1)
 
     train(folder, "average", ["--online", "self", "--set", "sync_interval=2"], steps=5)
     steps = metrics(folder, "average")

@@ -30,11 +30,12 @@ class OnlineMethod(Protocol):
         """Directory of a checkpoint that the reference is loaded from, once."""
 
     @property
-    def upkeep(self) -> Literal["train", "average", "none"]:
-        """What a synchronisation does."""
+    def upkeep(self) -> Literal["train", "tune", "average", "none"]:
+        """What a synchronisation does: train on validation set and pool, on the validation set alone, or average."""
 
-    def is_due(self, iteration: int) -> bool:
-        """Whether the reference is synchronised before the step that follows `iteration` steps."""
+    def is_due(self, iteration: int, num_syncs: int) -> bool:
+        """Whether the reference, synchronised so often, is synchronised before the step that follows `iteration`
+        steps."""
 
     def selects(self, num_syncs: int) -> bool:
         """Whether tokens are chosen against a reference that was synchronised so often."""
@@ -49,6 +50,11 @@ class OnlineJob:
     validation: Sequence[tuple[float, str]]  # weight and prefix of each validation set that a reference is trained on
     metrics: Path | None = None  # metrics.jsonl; None: SAVE/online/metrics.jsonl, SAVE as in --save
     holds: bool = False  # the reference stays as the checkpoint has it: for a decay branch
+
+    @property
+    def trains(self) -> bool:
+        """Whether the reference is trained here."""
+        return self.method.upkeep in ("train", "tune")
 
 
 # Megatron's flags that change what a script's forward step or a model's parameters are: (flag, its name in the
@@ -83,7 +89,7 @@ def check_arguments(job: OnlineJob, args: Any) -> None:
             f"--ckpt-format is {args.ckpt_format}; with online token selection checkpoints are torch_dist, which hold "
             "the reference too: use --ckpt-format torch_dist"
         )
-    if job.method.upkeep == "train":
+    if job.trains:
         if not job.validation:
             raise UserError(
                 f"{job.method.name} trains its reference on a validation set: name its shard with --validation PREFIX"

@@ -55,11 +55,13 @@ class OnlineMetrics:
             )
 
     def synchronised(self, iteration: int, num_syncs: int, losses: Tensor, seconds: float) -> None:
-        """:param losses: the reference's, of validation and training, at its first and last step, [2, 2]; or empty."""
+        """:param losses: the reference's, of validation and training (or not), at its first and last step, [2, 2] or
+        [2, 1]; or empty."""
         figures = {"sync": float(num_syncs), "seconds": seconds}
         if losses.numel():
-            names = ("first_validation_loss", "first_train_loss", "validation_loss", "train_loss")
-            figures |= dict(zip((f"reference_{name}" for name in names), losses.flatten().tolist(), strict=True))
+            names = ("validation_loss", "train_loss")[: losses.shape[1]]
+            keys = [f"reference_{when}{name}" for when in ("first_", "") for name in names]
+            figures |= dict(zip(keys, losses.flatten().tolist(), strict=True))
         if dist.get_rank() == 0:
             shown = " | ".join(f"{name} {value:.4g}" for name, value in figures.items())
             print(f"[online] after {iteration} steps the reference is synchronised | {shown}", flush=True)

@@ -189,7 +189,7 @@ class OnlineSession:
         if self._metrics is None:
             self._begin(iteration)
         state = self._state
-        if not self._job.holds and self._method.is_due(iteration) and state.synced_at != iteration:
+        if not self._job.holds and self._method.is_due(iteration, state.num_syncs) and state.synced_at != iteration:
             with _whole_parameters(model, optimizer):
                 self._synchronise(iteration, model[0], optimizer)
             gc.collect()  # DDP and its parameters refer to each other: gradients would stay on the device
@@ -220,7 +220,7 @@ class OnlineSession:
         sources = {}
         if self._method.given is not None:
             sources["reference"] = digest_tree(find(self._method.given))
-        if self._method.upkeep == "train":
+        if self._job.trains:
             self._validation = [(weight, ValidationSet.open(prefix)) for weight, prefix in self._job.validation]
             digests = [validation.digest for _, validation in self._validation]
             weights = [repr(weight) for weight, _ in self._validation]
@@ -263,7 +263,8 @@ class OnlineSession:
         return Reference(self._build(), self._config.offload)
 
     def _synchronise(self, iteration: int, model: Any, optimizer: Any) -> None:
-        """w ← u; then, for BLADE, the reference steps. The outgoing reference stays until the new one is whole."""
+        """w ← u; then, where it is trained, the reference steps. The outgoing reference stays until the new one is
+        whole."""
         began, figures = time.monotonic(), torch.empty(0)
         parameters = list(training.unwrap_model(model).parameters())
         if self._method.upkeep == "average":
@@ -281,8 +282,10 @@ class OnlineSession:
         self._metrics.synchronised(iteration, self._state.num_syncs + 1, figures, time.monotonic() - began)
 
     def _trained(self, model: Any, optimizer: Any) -> tuple[list[Tensor], Tensor]:
-        """:returns: parameters of the new reference; its losses at the first and the last step."""
+        """:returns: parameters of the new reference; its losses at the first and the last step, [2, 2], or of the
+        validation set alone, [2, 1]."""
         args, config, state = get_args(), self._config, self._state
+        lambda_ = config.lambda_ if self._method.upkeep == "train" else 0.0
         dp_rank, dp_size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         seed = derive(args.seed, "online")
 
@@ -299,7 +302,7 @@ class OnlineSession:
             self._forward_step,
             stream("validation", validation if reads else None),
             stream("training", self._samples),
-            config.lambda_,
+            lambda_,
             self._alpha if selects else None,
         )
         trainee = online_training.Trainee(self._build(), model, optimizer, args)
@@ -311,7 +314,7 @@ class OnlineSession:
                 trainee, objective, model, state.position, config.reference_steps, dist.get_rank() == 0
             )
         state.position += config.reference_steps
-        return list(training.unwrap_model(trainee.model).parameters()), figures
+        return list(training.unwrap_model(trainee.model).parameters()), figures if lambda_ else figures[:, :1]
 
     def _alpha(self, losses: Tensor, call: Call, mask: Tensor) -> Tensor:
         assert self._reference is not None

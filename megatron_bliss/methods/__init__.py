@@ -34,6 +34,5 @@ def online_method(config: OnlineConfig) -> Blade | Rho1 | SelfReference | None:
     if config.method == "blade":
         return Blade(config.sync_interval)
     if config.method == "rho1":
-        assert config.reference is not None
-        return Rho1(Path(config.reference))
+        return Rho1(Path(config.reference) if config.reference else None)
     return SelfReference(config.sync_interval) if config.method == "self" else None

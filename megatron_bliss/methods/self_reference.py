@@ -17,7 +17,7 @@ class SelfReference:
     def __init__(self, interval: int) -> None:
         self._interval = interval
 
-    def is_due(self, iteration: int) -> bool:
+    def is_due(self, iteration: int, num_syncs: int) -> bool:
         return iteration > 0 and iteration % self._interval == 0
 
     def selects(self, num_syncs: int) -> bool:

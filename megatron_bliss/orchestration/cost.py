@@ -88,16 +88,19 @@ def train_flops(config: RunConfig, iteration: int) -> float:
 def online_flops(config: RunConfig, steps: int) -> float:
     """Of online selection beside `steps` steps of the LLM: the reference's forward passes, and its own training.
 
-    Taken as if tokens were selected from the first step on, so it is an upper bound. A reference step goes through as
-    many tokens of the pool and of the validation set, and through the former with the model and the old reference too.
+    Taken as if tokens were selected from the first step on, so it is an upper bound. A reference step of BLADE goes
+    through as many tokens of the pool and of the validation set, and through the former with the model and the old
+    reference too; one of RHO-1 through those of the validation set.
     """
     online = config.online
     if online.method == "none":
         return 0.0
     passes = 2 * _FORWARD if online.scope == "global-batch" else 0.0  # model and reference look ahead
     flops = steps * (_FORWARD + passes) * target_flops_per_step(config)
+    size = (online.reference_batch_size or config.target.global_batch_size) / config.target.global_batch_size
+    if online.method == "rho1" and online.reference is None:
+        flops += online.reference_steps * size * target_flops_per_step(config)
     if online.method == "blade":
-        size = (online.reference_batch_size or config.target.global_batch_size) / config.target.global_batch_size
         reference_step = (2 + 2 * _FORWARD) * size * target_flops_per_step(config)
         flops += steps / online.sync_interval * online.reference_steps * reference_step
     return flops
