@@ -62,7 +62,7 @@ def run(
         Path | None, typer.Option("--run", help="Directory of the run; runs/<name of CONFIG> by default.")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only print stages, sizes, tokens, FLOPs and disk.")
+        bool, typer.Option("--dry-run", help="Only print stages, sizes, tokens, FLOPs, memory of a rank and disk.")
     ] = False,
 ) -> None:
     """All rounds on this machine; called again, it does what is missing."""

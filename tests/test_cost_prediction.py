@@ -1,5 +1,7 @@
 """Memory and FLOPs as predicted: by hand, and beside what real stages take. `make bench NAME=cost` has more layouts."""
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,8 +11,11 @@ from megatron_bliss.config import ModelConfig, RunConfig, load_config
 from megatron_bliss.mcore.architectures import PRESETS, resolve
 from megatron_bliss.mcore.losses import GPU_CHUNK
 from megatron_bliss.orchestration import memory
+from megatron_bliss.orchestration.check import check
 from megatron_bliss.orchestration.memory import stage_memory
 from tests.cost_ranks import compare, write_run
+
+ROOT = Path(__file__).parents[1]
 
 
 def settings(*words: str) -> RunConfig:
@@ -70,6 +75,25 @@ def test_what_takes_less_memory_in_the_bilevel_loop(more: str, less: str) -> Non
 
 def test_chunks_are_those_of_the_losses() -> None:
     assert memory.GPU_CHUNK == GPU_CHUNK
+
+
+def test_the_table_of_the_readme() -> None:
+    readme = (ROOT / "README.md").read_text()
+    [command] = [line for line in readme.splitlines() if "tools/plan_table.py configs" in line]
+    result = subprocess.run(
+        [sys.executable, *command.split()[1:]], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert len(result.stdout.splitlines()) > 10
+    assert result.stdout in readme
+    refused = subprocess.run(
+        [sys.executable, "tools/plan_table.py", "configs/bliss-410m.yaml"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (refused.returncode, "give it as --pool-tokens N" in refused.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("name", ["try", "bliss-410m", "bliss-1b", "bliss-7b"])
+def test_ready_configurations_can_run(name: str, tmp_path: Path) -> None:
+    check(load_config(ROOT / "configs" / f"{name}.yaml", []), tmp_path)
 
 
 def test_predicted_is_what_stages_take(tmp_path: Path) -> None:
