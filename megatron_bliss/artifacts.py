@@ -49,6 +49,16 @@ class RunPaths:
         return self.root / "slurm.json"
 
     @property
+    def stop(self) -> Path:
+        """The file that asks stages to stop (`stopping`); the launcher makes and removes it."""
+        return self.root / "stop"
+
+    @property
+    def nodes(self) -> Path:
+        """What the first of several machines tells the others (`orchestration.nodes`)."""
+        return self.root / "nodes.json"
+
+    @property
     def inventory(self) -> Path:
         return self.root / "inventory.json"
 
@@ -115,6 +125,11 @@ class RunPaths:
 
     def target_cache(self, number: int) -> Path:
         return self.round(number) / "target-cache"
+
+    def pinned_target(self, number: int) -> Path:
+        """Which checkpoint of the LLM a round's selection is made with, where that is not the last of the round before
+        (`stages.sources.pin_target`)."""
+        return self.round(number) / "target.json"
 
     def scores(self, number: int) -> Path:
         return self.round(number) / "scores"

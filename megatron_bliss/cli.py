@@ -1,5 +1,6 @@
-"""The command line. Thin: it reads words, calls one function and turns errors into exit codes (0, 1, 2)."""
+"""The command line. Thin: it reads words, calls one function and turns errors into exit codes (0 to 3)."""
 
+import enum
 import os
 import sys
 from contextlib import AbstractContextManager
@@ -8,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from megatron_bliss.errors import StageError, UserError, user_errors
+from megatron_bliss import stopping
+from megatron_bliss.errors import StageError, StoppedError, UserError, user_errors
 
 app = typer.Typer(
     help="Data selection for LLM pretraining on Megatron-Core: BLISS rounds over binary token shards.",
@@ -21,12 +23,25 @@ RunOption = Annotated[Path, typer.Option("--run", help="Directory of the run.")]
 RoundOption = Annotated[int, typer.Option("--round", min=1, help="Number of the round, from 1.")]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Directory of the run.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+class Launcher(enum.StrEnum):
+    """What starts the stages of `run`."""
+
+    local = "local"
+    torchrun = "torchrun"
+
+
 _LOOK = "Selections, looked at and exchanged"
+# Stages that save what they have and end when they are asked to (`stopping`); the others are ended at any moment.
+_LISTENING = ("warmup-target", "warmup-proxy", "cache-target", "ngrams", "bilevel", "score", "pretrain", "evaluate")
 _STAGES = "Stages (what `run` starts; distributed ones under torchrun)"
 
 
 def _stage(run_dir: Path, command: str, number: int = 0) -> AbstractContextManager[None]:
-    """Around a stage's work: what it took is noted in the run."""
+    """Around a stage's work: what it took is noted in the run; where it can be told to stop, it listens."""
+    if command in _LISTENING:
+        stopping.listen()
     from megatron_bliss.artifacts import RunPaths
     from megatron_bliss.stages.usage import recorded
 
@@ -64,17 +79,39 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only print stages, sizes, tokens, FLOPs, memory of a rank and disk.")
     ] = False,
+    launcher: Annotated[
+        Launcher, typer.Option(help="local, or torchrun: started on several machines, which share the run's directory.")
+    ] = Launcher.local,
+    nnodes: Annotated[
+        int | None, typer.Option(envvar=["GROUP_WORLD_SIZE", "PET_NNODES"], help="torchrun: number of machines.")
+    ] = None,
+    node_rank: Annotated[
+        int | None,
+        typer.Option(envvar=["GROUP_RANK", "PET_NODE_RANK"], help="torchrun: this machine's number, from 0."),
+    ] = None,
+    rdzv_endpoint: Annotated[
+        str | None,
+        typer.Option(envvar="PET_RDZV_ENDPOINT", help="torchrun: HOST:PORT of machine 0; 64 more ports are used."),
+    ] = None,
 ) -> None:
-    """All rounds on this machine; called again, it does what is missing."""
+    """All rounds on this machine, or on several; called again, it does what is missing."""
     from megatron_bliss.config import load_config
-    from megatron_bliss.orchestration import cost, local
+    from megatron_bliss.orchestration import cost, local, nodes
 
-    settings = load_config(config, overrides or [])
+    together, words = None, overrides or []
+    if launcher is Launcher.torchrun:
+        together = nodes.Nodes.of(nnodes, node_rank, rdzv_endpoint or nodes.endpoint_of_torchrun())
+        words = [*words, f"launch.nnodes={together.count}"]
+    settings = load_config(config, words)
     directory = run_dir or Path("runs") / config.stem
     if dry_run:
         cost.show(settings, directory)
-    else:
+    elif together is None:
         local.run(settings, directory)
+    elif together.rank == 0:
+        nodes.lead(settings, directory, together)
+    else:
+        nodes.follow(settings, directory, together)
 
 
 @app.command()
@@ -400,7 +437,7 @@ def evaluate(run_dir: RunOption, number: RoundOption) -> None:
 
 
 def main() -> None:
-    """Exit codes: 0 done, 1 failed, 2 bad usage or input."""
+    """Exit codes: 0 done, 1 failed, 2 bad usage or input, 3 stopped before the end: call again."""
     if "MEGATRON_BLISS_STAGE" in os.environ:
         from megatron_bliss.orchestration.bound import die_with_parent
 
@@ -411,6 +448,9 @@ def main() -> None:
         except StageError as failure:
             print(failure, file=sys.stderr, flush=True)
             raise SystemExit(1) from None
+        except StoppedError as end:
+            print(end, file=sys.stderr, flush=True)
+            raise SystemExit(stopping.EXIT_CODE) from None
 
 
 if __name__ == "__main__":

@@ -13,6 +13,10 @@ class StageError(Exception):
     """A stage of a run failed or was interrupted; the message says where to look. Exit code 1."""
 
 
+class StoppedError(Exception):
+    """A run was ended on request before it was through; called again, it goes on. Exit code 3."""
+
+
 @contextmanager
 def user_errors() -> Iterator[None]:
     """Turn a `UserError` into its message on stderr and exit code 2, without a traceback."""

@@ -28,6 +28,7 @@ _CHOICES = {
     "guards.action": ("none", "stop", "random", "rollback"),
     "data.validation_weighting": ("given", "uniform", "worst-case"),
     "tracking.wandb": ("off", "offline", "online"),
+    "launch.mode": ("alternate", "overlap"),
 }
 _ONLINE_CHOICES = {
     "method": ("none", "blade", "rho1", "self"),
@@ -73,6 +74,8 @@ _POSITIVE = (
     "scoring.claim_timeout",
     "evaluation.max_sequences",
     "launch.nproc_per_node",
+    "launch.nnodes",
+    "launch.max_attempts",
     "launch.concurrency",
 )
 _POSITIVE_IF_GIVEN = (
@@ -91,7 +94,7 @@ _POSITIVE_IF_GIVEN = (
 )
 _NOT_NEGATIVE = (
     *("warmup.target_steps", "warmup.proxy_steps", "evaluation.decay_steps"),
-    *("data.held_out", "data.contamination_tokens"),
+    *("data.held_out", "data.contamination_tokens", "launch.hang_minutes", "launch.stop_minutes"),
 )
 _Rule = tuple[tuple[str, ...], Callable[[Any], bool], str]
 _RULES: tuple[_Rule, ...] = (

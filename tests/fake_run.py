@@ -15,7 +15,7 @@ from megatron_bliss.config import (
     TokenizerConfig,
     read_saved_config,
 )
-from megatron_bliss.errors import StageError, user_errors
+from megatron_bliss.errors import StageError, StoppedError, user_errors
 from megatron_bliss.orchestration import local
 from megatron_bliss.orchestration.plan import Stage
 
@@ -55,7 +55,7 @@ def fake_command(behaviour: dict[str, Any]) -> Callable[[Stage], list[str]]:
 def journal(path: Path) -> list[tuple[str, str, int]]:
     """(begin | end, stage, pid) in the order in which they were written."""
     lines = [line.split() for line in path.read_text().splitlines()] if path.exists() else []
-    return [(event, name, int(pid)) for event, name, pid in lines]
+    return [(event, name, int(pid)) for event, name, pid, _ in lines]
 
 
 def main() -> None:
@@ -66,6 +66,9 @@ def main() -> None:
         except StageError as error:
             print(error, file=sys.stderr)
             raise SystemExit(1) from None
+        except StoppedError as error:
+            print(error, file=sys.stderr)
+            raise SystemExit(3) from None
 
 
 if __name__ == "__main__":

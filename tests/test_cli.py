@@ -79,8 +79,8 @@ def test_dry_run_without_the_data_says_what_it_cannot_know(settings: Path, tmp_p
 
 
 def test_status_of_a_run_that_failed(settings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run, behaviour = tmp_path / "run", {"journal": str(tmp_path / "journal"), "fail": {"round-0001/score": 3}}
-    with pytest.raises(Exception, match="exit code 3"):
+    run, behaviour = tmp_path / "run", {"journal": str(tmp_path / "journal"), "fail": {"round-0001/score": 7}}
+    with pytest.raises(Exception, match="exit code 7"):
         local.run(load_config(settings, []), run, command=fake_command(behaviour))
     state = json.loads(RunPaths(run).state.read_text())
     # as a launcher that was killed leaves it

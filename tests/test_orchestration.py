@@ -17,12 +17,21 @@ import psutil
 import pytest
 from rich.console import Console
 
-from megatron_bliss.config import ControlConfig, LaunchConfig, RunConfig, load_config, read_saved_config, save_config
+from megatron_bliss.config import (
+    ControlConfig,
+    LaunchConfig,
+    RunConfig,
+    TargetConfig,
+    load_config,
+    read_saved_config,
+    save_config,
+)
 from megatron_bliss.errors import StageError, UserError
 from megatron_bliss.orchestration import cost, local, state
 from megatron_bliss.orchestration.check import check
+from megatron_bliss.orchestration.heartbeat import Heartbeat
 from megatron_bliss.orchestration.logs import Pace, user_error
-from megatron_bliss.orchestration.plan import arms, by_urgency, plan
+from megatron_bliss.orchestration.plan import Stage, arms, by_urgency, plan
 from megatron_bliss.orchestration.processes import RUN_VARIABLE
 from megatron_bliss.progress import Reading
 from tests.fake_run import fake_command, fake_config, journal
@@ -81,8 +90,8 @@ def test_commands_name_run_and_round(tmp_path: Path) -> None:
     assert control.num_ranks == 4
     assert control.outputs == (tmp_path / "controls/random/target/iter_0010024",)  # 10000 + 2 rounds of twice 6
     assert stages["round-0001/select"].num_ranks == 1
-    assert "torch.distributed.run" in local.stage_command(control)
-    assert "torch.distributed.run" not in local.stage_command(stages["round-0001/select"])
+    assert "megatron_bliss.torchrun" in local.stage_command(control)
+    assert "megatron_bliss.torchrun" not in local.stage_command(stages["round-0001/select"])
 
 
 def test_a_run_from_another_ones_warmup_has_none_of_its_own(tmp_path: Path) -> None:
@@ -470,12 +479,92 @@ def test_interruption_ends_the_stages_and_says_so(
     wait_for(lambda: bool(journal(tmp_path / "journal")))
     process.send_signal(number)
     _, errors = process.communicate(timeout=20)
-    assert process.returncode == 1
+    assert process.returncode == 3
     assert errors.strip() == f"stopped by {number.name}; run again to go on"
     assert not processes_of(run)
     record = state.read_state(run)["inventory"]
     assert record.status == "pending"
     assert number.name in record.note
+
+
+def test_stages_that_listen_come_to_an_end_of_their_own(tmp_path: Path, behaviour: dict[str, Any]) -> None:
+    config, run = fake_config(launch=LaunchConfig(concurrency=4)), tmp_path / "run"
+    process = drive(config, run, behaviour | {"listens": ["warmup-target", "warmup-proxy"]})
+    wait_for(lambda: {"warmup-target", "warmup-proxy"} <= {name for _, name, _ in journal(tmp_path / "journal")})
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == 3
+    noted = [entry[:2] for entry in journal(tmp_path / "journal")]
+    assert {("stop", "warmup-target"), ("stop", "warmup-proxy")} <= set(noted)
+    assert state.read_state(run)["warmup-proxy"].status == "pending"
+    again = drive(config, run, behaviour)
+    _, errors = again.communicate(timeout=60)
+    assert again.returncode == 0, errors
+
+
+def test_one_that_does_not_come_to_an_end_is_killed(tmp_path: Path, behaviour: dict[str, Any]) -> None:
+    hangs = [sys.executable, "-S", "-c", "import signal, time; signal.signal(15, print); time.sleep(99)"]
+    config, run = fake_config(launch=LaunchConfig(stop_minutes=0.005)), tmp_path / "run"
+    failing = fake_command(behaviour | {"fail": {"warmup-prepare": 7}, "seconds": 0.5})
+
+    def command(stage: Stage) -> list[str]:
+        return hangs if stage.name == "warmup-proxy" else failing(stage)
+
+    with pytest.raises(StageError, match="warmup-prepare failed"):
+        local.run(config, run, command=command)
+    assert not processes_of(run)
+
+
+def test_a_stage_that_hangs_is_ended_and_says_so(tmp_path: Path, behaviour: dict[str, Any]) -> None:
+    config, run = fake_config(launch=LaunchConfig(hang_minutes=0.02)), tmp_path / "run"
+    with pytest.raises(StageError, match=r"inventory gave no sign of life for 0\.02 minutes and was ended"):
+        local.run(config, run, command=fake_command(behaviour | {"seconds": 60}))
+    record = state.read_state(run)["inventory"]
+    assert record.status == "failed"
+    assert record.error.splitlines()[-1].startswith("it gave no sign of life for 0.02 minutes")
+    assert not processes_of(run)
+
+
+def test_signs_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line in the log, or a file in an output; a directory that is not there yet is awaited in the one above."""
+    now, log, output = [1000.0], tmp_path / "log", tmp_path / "target" / "iter_0000010"
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    output.parent.mkdir()
+    heartbeat, never = Heartbeat(log, [output], minutes=1), Heartbeat(log, [output], minutes=0)
+
+    def silent_after(seconds: float) -> bool:
+        now[0] += seconds
+        return heartbeat.is_silent()
+
+    assert not silent_after(10)  # the first look at the outputs
+    assert not silent_after(55)
+    log.write_text("a line")
+    assert not silent_after(10)
+    assert not silent_after(55)
+    (output.parent / "shard").write_text("x")
+    os.utime(output.parent / "shard", ns=(1, time.time_ns() + 10**9))
+    assert not silent_after(10)
+    assert not silent_after(55)
+    assert silent_after(10)
+    assert not never.is_silent()
+
+
+def test_a_stage_that_stopped_unasked_is_called_again(tmp_path: Path, behaviour: dict[str, Any]) -> None:
+    config, run = fake_config(rounds=1, controls=[]), tmp_path / "run"
+    local.run(config, run, command=fake_command(behaviour | {"stops": {"warmup-target": 2}}))
+    assert state.read_state(run)["warmup-target"].attempts == 3
+
+
+def test_one_that_never_comes_further_ends_the_run(tmp_path: Path, behaviour: dict[str, Any]) -> None:
+    """Each attempt at it comes to 5 of 10 steps, so all after the first are in vain."""
+    config, run = fake_config(launch=LaunchConfig(max_attempts=2)), tmp_path / "run"
+    with pytest.raises(
+        StageError, match=r"inventory stopped before its end; 2 attempts in a row came no further than 5"
+    ):
+        local.run(config, run, command=fake_command(behaviour | {"stops": {"inventory": 9}}))
+    record = state.read_state(run)["inventory"]
+    assert (record.status, record.attempts) == ("failed", 3)
+    assert "2 attempts in a row came no further than 5" in record.error.splitlines()[-1]
 
 
 def test_two_launchers_do_not_share_a_run(tmp_path: Path, behaviour: dict[str, Any]) -> None:
@@ -499,24 +588,41 @@ def test_the_longest_chain_is_started_first(tmp_path: Path) -> None:
         assert all(order.index(name) < order.index(stage.name) for name in stage.needs)
 
 
+def surroundings(num_ranks: int, tensor_parallel: int = 1, **launch: int) -> dict[str, str]:
+    config = fake_config(launch=LaunchConfig(**launch), target=TargetConfig(tensor_parallel=tensor_parallel))
+    stage = replace(plan(config, Path("/run"))[0], num_ranks=num_ranks)
+    return local.stage_environment(config, stage, Path("/run"))
+
+
 def test_cores_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
-    assert local.stage_environment(LaunchConfig(concurrency=2), 4)["OMP_NUM_THREADS"] == "2"
-    assert local.stage_environment(LaunchConfig(concurrency=2), 64)["OMP_NUM_THREADS"] == "1"
+    assert surroundings(4, concurrency=2)["OMP_NUM_THREADS"] == "2"
+    assert surroundings(64, concurrency=2)["OMP_NUM_THREADS"] == "1"
+    assert surroundings(4, concurrency=2, nnodes=2)["OMP_NUM_THREADS"] == "4"
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
-    assert local.stage_environment(LaunchConfig(concurrency=2), 4)["OMP_NUM_THREADS"] == "5"
-    assert local.stage_environment(LaunchConfig(threads=3), 4)["OMP_NUM_THREADS"] == "3"
+    assert surroundings(4, concurrency=2)["OMP_NUM_THREADS"] == "5"
+    assert surroundings(4, threads=3)["OMP_NUM_THREADS"] == "3"
 
 
 def test_model_parallel_ranks_start_kernels_in_order_unless_the_user_says_otherwise(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
-    assert "CUDA_DEVICE_MAX_CONNECTIONS" not in local.stage_environment(LaunchConfig(), 2)
-    assert local.stage_environment(LaunchConfig(), 2, True)["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+    assert "CUDA_DEVICE_MAX_CONNECTIONS" not in surroundings(2)
+    assert surroundings(2, tensor_parallel=2)["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "8")
-    assert local.stage_environment(LaunchConfig(), 2, True)["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"
+    assert surroundings(2, tensor_parallel=2)["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"
+
+
+def test_stages_do_not_take_themselves_for_ranks_of_what_started_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "PET_NNODES", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("RANKS_PER_NODE", "8")
+    found = surroundings(1)
+    assert found["RANKS_PER_NODE"] == "8"
+    assert not {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "PET_NNODES", "TORCHELASTIC_RUN_ID"} & found.keys()
+    assert found["MEGATRON_BLISS_STOP_FILE"] == "/run/stop"
 
 
 # --- logs

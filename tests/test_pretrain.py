@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader, TensorStorageMetadata, load
 
+from megatron_bliss import stopping
 from megatron_bliss.artifacts import RunPaths
 from megatron_bliss.config import ModelConfig, RunConfig, load_config, save_config
 from megatron_bliss.errors import UserError
@@ -152,6 +153,34 @@ def test_a_killed_round_resumes_to_the_same_numbers(
     first, second = (saved_tensors(iteration_path(each.target, 12)) for each in (paths, again))
     assert first.keys() == second.keys()
     assert any("optimizer" in name for name in first)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_round_that_is_stopped_goes_on_to_the_same_numbers(
+    trained: tuple[RunPaths, RunConfig, dict[int, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked after its first step, at 7, where no checkpoint is due; that one is gone in the end."""
+    paths, config, undisturbed = trained
+    again = RunPaths(tmp_path / "run")
+    shutil.copytree(paths.root, again.root)
+    shutil.rmtree(again.target)
+    save_config(config, again.config)
+    command = ["pretrain", "--run", again.root, "--round", "1"]
+    torchrun = ["--standalone", "--nproc-per-node", "1", "-m", "--", "megatron_bliss.cli", *command]
+    (tmp_path / "stop").touch()
+    monkeypatch.setenv(stopping.STOP_FILE, str(tmp_path / "stop"))
+    processes = start("megatron_bliss.torchrun", torchrun, tmp_path / "stopped.log")
+    assert finish(processes, 400) == [stopping.EXIT_CODE]
+    text = (tmp_path / "stopped.log.0").read_text()
+    assert "[pretrain] 7/12 iterations | stopped; called again, it goes on from there" in text
+    assert "Traceback" not in text
+    assert iterations(again.target) == [7]
+
+    (tmp_path / "stop").unlink()
+    resumed = losses(run("megatron_bliss.cli", command, tmp_path / "resumed.log"))
+    assert {step: resumed[step] for step in (10, 11, 12)} == {step: undisturbed[step] for step in (10, 11, 12)}
+    assert iterations(again.target) == iterations(paths.target)
+    first, second = (saved_tensors(iteration_path(each.target, 12)) for each in (paths, again))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 

@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -89,18 +90,32 @@ def kill_whole_tree_later(process: subprocess.Popen[bytes], seconds: float) -> b
     return False
 
 
+def stop_later(process: subprocess.Popen[bytes], seconds: float) -> bool:
+    """Ask the launcher to stop; True if it had to."""
+    try:
+        process.wait(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        assert process.wait(timeout=120) in (0, 3)
+        return process.returncode == 3
+    return False
+
+
 @pytest.mark.slow
-def test_sigkill_at_five_moments_changes_nothing(finished: tuple[Path, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("interrupt", [kill_whole_tree_later, stop_later])
+def test_interruptions_at_five_moments_change_nothing(
+    finished: tuple[Path, Path], tmp_path: Path, interrupt: Callable[[subprocess.Popen[bytes], float], bool]
+) -> None:
     settings, undisturbed = finished
     run, moments = tmp_path / "run", random.Random(20260622)
     began, kills = time.monotonic(), 0
     while kills < 5:
         process = subprocess.Popen(command("run", settings, "--run", run), stdout=subprocess.DEVNULL)
-        kills += kill_whole_tree_later(process, seconds=moments.uniform(4, 25))
+        kills += interrupt(process, moments.uniform(4, 25))
         assert time.monotonic() - began < 900
         if process.returncode == 0:
             break
-    assert kills == 5, "the run ended before it was killed five times: make it longer"
+    assert kills == 5, "the run ended before it was interrupted five times: make it longer"
     done = megatron_bliss("run", settings, "--run", run)
     assert done.returncode == 0, done.stdout + done.stderr
     assert outcome(run) == outcome(undisturbed)

@@ -39,7 +39,12 @@ class SlurmConfig:
 class LaunchConfig:
     """How stages are started: on this machine, and as Slurm jobs."""
 
-    nproc_per_node: int = 1  # ranks of each stage (GPUs)
+    nproc_per_node: int = 1  # ranks of each stage on a machine (GPUs)
+    nnodes: int = 1  # machines, of `run --launcher torchrun`
+    mode: str = "alternate"  # or overlap: a round's selection is made beside the training of the round before
     concurrency: int = 1  # stages that may run side by side
     threads: int | None = None  # CPU threads a rank; None: all cores shared out evenly
+    hang_minutes: float = 120.0  # without a sign of life (log, outputs) after which a stage counts as hanging; 0: never
+    max_attempts: int = 3  # in a row in which a stage is stopped without having come further; then the run fails
+    stop_minutes: float = 10.0  # that stages get to save a checkpoint when they are to stop; then they are killed
     slurm: SlurmConfig = field(default_factory=SlurmConfig)

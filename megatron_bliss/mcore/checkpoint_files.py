@@ -2,12 +2,14 @@
 
 DIRECTORY/iter_0000010/                       one checkpoint, whole when its metadata.json is there
 DIRECTORY/latest_checkpointed_iteration.txt   the newest one's iteration, written last
+DIRECTORY-stops.json                          which of them were made only because the training was stopped there
 """
 
 import re
+import shutil
 from pathlib import Path
 
-from megatron_bliss.artifacts import atomic_write
+from megatron_bliss.artifacts import atomic_write, read_json, write_json
 from megatron_bliss.errors import UserError
 
 LATEST = "latest_checkpointed_iteration.txt"
@@ -64,3 +66,32 @@ def iterations(directory: Path) -> list[int]:
     """Of all complete checkpoints, ascending."""
     found = [re.fullmatch(r"iter_(\d+)", path.parent.name) for path in Path(directory).glob("iter_*/metadata.json")]
     return sorted(int(match[1]) for match in found if match)
+
+
+def passing(directory: Path) -> list[int]:
+    """Iterations whose checkpoints were made only because the training was stopped there; they do not stay."""
+    path = _stops(directory)
+    return list(read_json(path)["iterations"]) if path.exists() else []
+
+
+def note_passing(directory: Path, iteration: int) -> None:
+    """To be called before such a checkpoint is written."""
+    write_json(_stops(directory), {"schema": 1, "iterations": sorted({*passing(directory), iteration})})
+
+
+def remove_passing(directory: Path) -> None:
+    """Remove those checkpoints, but the newest of all, which a training goes on from."""
+    if not (known := passing(directory)):
+        return
+    newest = read_iteration(directory)
+    for iteration in known:
+        if iteration != newest:
+            shutil.rmtree(iteration_path(directory, iteration), ignore_errors=True)
+    if newest in known:
+        write_json(_stops(directory), {"schema": 1, "iterations": [newest]})
+    else:
+        _stops(directory).unlink()
+
+
+def _stops(directory: Path) -> Path:
+    return Path(directory).with_name(f"{Path(directory).name}-stops.json")

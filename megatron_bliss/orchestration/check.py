@@ -25,10 +25,13 @@ class Ranks:
 
 
 def check(config: RunConfig, run_dir: Path, ranks: Ranks | None = None) -> None:
-    """:param ranks: `launch.nproc_per_node` of all stages if they are not given.
+    """:param ranks: those of all machines, for all stages, if they are not given.
     :raises UserError: naming the first setting that cannot work.
     """
-    ranks = ranks or Ranks(config.launch.nproc_per_node, config.launch.nproc_per_node)
+    if ranks is None:
+        launch = config.launch
+        name = "launch.nproc_per_node" if launch.nnodes == 1 else "launch.nproc_per_node × launch.nnodes"
+        ranks = Ranks(launch.nproc_per_node * launch.nnodes, launch.nproc_per_node * launch.nnodes, name, name)
     main, *controls = arms(config, run_dir)
     tracking.check(config.tracking)
     trains_proxy = config.warmup.start_from is None
@@ -55,6 +58,12 @@ def _validation(config: RunConfig) -> list[Any]:
 
 def _check_target(config: RunConfig, ranks: Ranks) -> None:
     target = config.target
+    pruned = [word for word in target.extra_args if word.startswith("--save-retain-interval")]
+    if pruned and config.launch.mode == "overlap":
+        raise UserError(
+            f"target.extra_args has {pruned[0]}, by which Megatron removes checkpoints that a round's selection may be "
+            "made with; leave it out, or set launch.mode=alternate"
+        )
     _check_model(config, "target")
     layout = target.tensor_parallel * target.pipeline_parallel * target.context_parallel
     _check_multiple(ranks.target_name, ranks.target, layout, "target's tensor × pipeline × context ranks")

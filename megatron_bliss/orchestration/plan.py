@@ -1,7 +1,8 @@
 """Which stages a run has, in which order, and what each needs: a pure function of the settings.
 
 Only real data dependencies are drawn, so a launcher may run side by side whatever is not connected: the control arms,
-the warm-up of the proxy and of the target, the evaluation of one round and the bilevel loop of the next.
+the warm-up of the proxy and of the target, the evaluation of one round and the bilevel loop of the next. With
+`launch.mode=overlap`, the bilevel loop of a round runs beside the training of the round before.
 """
 
 from collections.abc import Sequence
@@ -120,7 +121,8 @@ def _stage(
     words: tuple[str, ...] = (command, "--run", str(arm.paths.root))
     if round_number is not None:
         words += ("--round", str(round_number))
-    num_ranks = arm.config.launch.nproc_per_node if distributed else 1
+    launch = arm.config.launch
+    num_ranks = launch.nproc_per_node * launch.nnodes if distributed else 1
     name = arm.stage_name(command, round_number)
     return Stage(name, arm.paths.root, words, num_ranks, tuple(needs), tuple(inputs), (output,), iterations)
 
@@ -204,10 +206,15 @@ def _round(arm: Arm, number: int, earlier: set[str]) -> list[Stage]:
         needs, inputs = [*needs, stages[-1].name], [*inputs, influence]
         stages.append(_stage(arm, "fit-influence", needs=needs, inputs=inputs, output=model, round_number=number))
     if method.learns == "bilevel":
-        needs, inputs = [inventory, warmup_proxy, *after_target], [inventory_file, proxy, *target]
+        after_learned, learned = after_target, target
+        if arm.config.launch.mode == "overlap" and number > 1:
+            # as soon as the round before can train; which checkpoint it takes is then noted by the stage, not here
+            before_that = arm.stage_name("pretrain", number - 2) if number > 2 else "warmup-target"
+            after_learned, learned = [before_that, arm.stage_name("prepare", number - 1)], []
+        needs, inputs = [inventory, warmup_proxy, *after_learned], [inventory_file, proxy, *learned]
         if arm.config.bilevel.uses_cached_target:
             cache = paths.target_cache(number)
-            before, files = [inventory, *after_target], [inventory_file, *target]
+            before, files = [inventory, *after_learned], [inventory_file, *learned]
             stages.append(_stage(arm, "cache-target", needs=before, inputs=files, output=cache, round_number=number))
             needs.append(stages[-1].name)
             inputs.append(cache)

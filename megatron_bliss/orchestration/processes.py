@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import psutil
@@ -21,7 +22,8 @@ from megatron_bliss.errors import UserError
 from megatron_bliss.orchestration import bound
 
 RUN_VARIABLE, STAGE_VARIABLE = "MEGATRON_BLISS_RUN", "MEGATRON_BLISS_STAGE"
-_PATIENCE = 15.0  # seconds that processes get to end by themselves
+_PATIENCE = 15.0  # seconds that killed processes get to be gone
+_POLL_INTERVAL = 0.05  # seconds
 
 
 def start(
@@ -41,18 +43,31 @@ def start(
         )
 
 
-def end(processes: dict[str, subprocess.Popen[bytes]], run_dir: Path) -> None:
-    """End stages and all they have started: SIGTERM first, SIGKILL for what is left.
-
-    :param processes: by stage.
-    """
-    for process in processes.values():
+def ask_to_stop(processes: Iterable[subprocess.Popen[bytes]]) -> None:
+    """Ask stages to save what they have and end (`stopping`); those that do not listen end at once."""
+    for process in processes:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)
-    deadline = time.monotonic() + _PATIENCE
+
+
+def end(
+    processes: dict[str, subprocess.Popen[bytes]],
+    run_dir: Path,
+    patience: float = 0.0,
+    is_over: Callable[[], bool] = lambda: False,
+) -> None:
+    """Wait for stages that were asked to stop, then kill what is left of them and of all they have started.
+
+    :param processes: by stage.
+    :param patience: seconds to wait.
+    :param is_over: whether not to wait any longer.
+    """
+    deadline = time.monotonic() + patience
+    while any(process.poll() is None for process in processes.values()):
+        if time.monotonic() > deadline or is_over():
+            break
+        time.sleep(_POLL_INTERVAL)
     for stage, process in processes.items():
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(max(deadline - time.monotonic(), 0))
         _kill_marked(run_dir, stage)
         process.wait()
 

@@ -17,6 +17,7 @@ from megatron_bliss.artifacts import RunPaths
 from megatron_bliss.config import read_saved_config
 from megatron_bliss.errors import StageError, UserError
 from megatron_bliss.orchestration import logs, slurm_queue, state
+from megatron_bliss.orchestration.attempts import judged, verdict
 from megatron_bliss.orchestration.plan import Stage, plan
 from megatron_bliss.orchestration.state import Record
 
@@ -42,7 +43,7 @@ def begin(words: Sequence[str], log: Path, max_attempts: int, environment: Mappi
     if record.status == "running" and not is_task:  # the attempt ended without a word
         if record.job not in (None, job) and _is_alive(run_dir, str(record.job)):
             raise StageError(f"{stage.name}: job {record.job} is at it; end that one first (scancel {record.job})")
-        record = state.set_record(run_dir, stage.name, _judged(run_dir, stage, record))
+        record = state.set_record(run_dir, stage.name, judged(run_dir, stage, record))
         if record.fruitless >= max_attempts:
             failed = _give_up(run_dir, stage, record, "it was killed")
             raise StageError(f"{stage.name}: {failed.error.splitlines()[-1]}")
@@ -84,7 +85,7 @@ def end(
         task = f"{_job(environment)}_{environment['SLURM_ARRAY_TASK_ID']}"
         is_final = not stopped and (often or sentence is not None)
         return _task_ended(run_dir, stage, record, is_final, f"{error}\n{reason}".strip(), task)
-    record = replace(_judged(run_dir, stage, record), status="pending", finished=time.time(), note=reason, error=error)
+    record = replace(judged(run_dir, stage, record), status="pending", finished=time.time(), note=reason, error=error)
     state.set_record(run_dir, stage.name, record)
     if sentence is not None:
         state.fail(run_dir, stage, f"error: {sentence}")
@@ -130,20 +131,9 @@ def _check_needs(run_dir: Path, stage: Stage, records: Mapping[str, Record]) -> 
             raise StageError(f"{stage.name} cannot start: {name} is not done ({record.note or record.status}){log}")
 
 
-def _judged(run_dir: Path, stage: Stage, record: Record) -> Record:
-    """The record with the last attempt counted: by how far its log says it came."""
-    lines = logs.tail(run_dir / record.log, record.log_offset) if record.log else []
-    reading = logs.last_reading(lines, stage.iterations)
-    done = reading.done if reading else 0
-    if done > record.furthest:
-        return replace(record, furthest=done, fruitless=0)
-    return replace(record, fruitless=record.fruitless + 1)
-
-
 def _give_up(run_dir: Path, stage: Stage, record: Record, reason: str) -> Record:
     """Fail a stage that was tried often enough."""
-    came = f"came no further than {record.furthest}" if record.furthest else "came to nothing"
-    why = f"{record.fruitless} attempts in a row {came}; of the last: {reason}"
+    why = f"{verdict(record)}; of the last: {reason}"
     return state.fail(run_dir, stage, f"{record.error}\n{why}".strip())
 
 

@@ -175,8 +175,8 @@ def prepare(config: RunConfig, run_dir: Path) -> None:
     """Write `run.yaml` of the run and of its control arms, or make sure that they say what they said before.
 
     How stages are launched (`launch.*`) and where curves go (`tracking.*`) is not what a run is, and may change; guards
-    (`guards.*`) may, for stages that are still to be done. Control arms may be added, and those left out are no longer
-    looked at: none of them depends on another.
+    (`guards.*`) and `launch.mode` may, for stages that are still to be done. Control arms may be added, and those left
+    out are no longer looked at: none of them depends on another.
 
     :raises UserError: naming every other setting that changed, or an output that is not what its stage wrote: called
         again, a stage would take it for its own and leave it.
@@ -202,8 +202,11 @@ def prepare(config: RunConfig, run_dir: Path) -> None:
 
 def _is_to_be_saved(arm: Arm) -> bool:
     """Whether a setting that may change has, and stages read it."""
-    saved, now = read_saved_config(arm.paths.config), arm.config
-    return (saved.controls, saved.guards, saved.tracking) != (now.controls, now.guards, now.tracking)
+    before, after = (
+        (each.controls, each.guards, each.tracking, each.launch.mode)
+        for each in (read_saved_config(arm.paths.config), arm.config)
+    )
+    return before != after
 
 
 def _changed_settings(arm: Arm) -> list[str]:

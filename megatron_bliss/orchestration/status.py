@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from megatron_bliss.artifacts import RunPaths
+from megatron_bliss.artifacts import RunPaths, read_json
 from megatron_bliss.config import read_saved_config
 from megatron_bliss.errors import UserError
 from megatron_bliss.orchestration import processes, slurm, slurm_queue, state
@@ -51,7 +51,7 @@ def show(run_dir: Path) -> None:
         record = records.get(stage.name, Record())
         standing, note = _standing(run_dir, stage, record, jobs)
         states.append(standing)
-        figures = " | ".join(part for part in (note, _figures(run_dir, stage, record)) if part)
+        figures = " | ".join(part for part in (note, _figures(run_dir, stage, record), _target(stage)) if part)
         table.add_row(stage.name, Text(standing, style=_STYLES.get(standing, "dim")), *_times(record), Text(figures))
     console = Console(width=None if sys.stdout.isatty() else _WIDTH)
     console.print(table)
@@ -106,6 +106,17 @@ def _figures(run_dir: Path, stage: Stage, record: Record) -> str:
         remaining = (time.time() - record.started) * (reading.total - reading.done) / reading.done
         parts.insert(1, f"ETA {clock(remaining)}")
     return " | ".join(part for part in parts if part)
+
+
+def _target(stage: Stage) -> str:
+    """The checkpoint of the LLM that a bilevel loop beside the LLM's training learns with."""
+    if stage.command[0] != "bilevel":
+        return ""
+    path = RunPaths(stage.run_dir).pinned_target(int(stage.command[-1]))
+    if not path.exists():
+        return ""
+    pin = read_json(path)
+    return f"target of iteration {pin['iteration']}, {pin['staleness']} steps before the round"
 
 
 class _Jobs:

@@ -42,7 +42,8 @@ class RoundFiles:
     kept: dict[str, Counts]  # by domain
     bilevel: list[dict[str, float]]  # one entry an outer step
     training: list[dict[str, float]]  # of the LLM, by domain; one entry a line of Megatron's log
-    influence_correlation: float | None = None  # of `mates`: predicted with measured, of sequences that were held out
+    influence_correlation: float | None  # of `mates`: predicted with measured, of sequences that were held out
+    target: dict[str, int] | None  # the checkpoint that the score model learned with: iteration, staleness in steps
 
 
 @dataclass(frozen=True)
@@ -111,10 +112,11 @@ def _round(paths: RunPaths, number: int) -> RoundFiles:
         decay = Point(**place, **results["decay"])
         curve = [Point(**point) for point in results["curve"]]
     bilevel, training = paths.bilevel(number) / "metrics.jsonl", paths.training_metrics(number)
-    fit = paths.influence_model(number) / "fit.json"
+    fit, manifest = paths.influence_model(number) / "fit.json", paths.selection(number) / "manifest.json"
     correlation = read_json(fit)["held_out_spearman"] if fit.exists() else None
+    target = read_json(manifest).get("target") if manifest.exists() else None
     kept = _kept(paths.selection(number))
-    return RoundFiles(number, decay, curve, kept, _metrics(bilevel), _metrics(training), correlation)
+    return RoundFiles(number, decay, curve, kept, _metrics(bilevel), _metrics(training), correlation, target)
 
 
 def _kept(directory: Path) -> dict[str, Counts]:

@@ -107,6 +107,7 @@ def _round(entry: RoundFiles, selection: dict[str, Any] | None, paths: RunPaths)
         "round": entry.number,
         "guard": asdict(guard) | {"sentence": describe(guard, entry.number)} if guard else None,
         "selection": selection,
+        "target": entry.target,  # with which the score model learned: iteration, staleness in steps
         "bilevel": columns(entry.bilevel) if entry.bilevel else None,
         "training": columns(entry.training) if entry.training else None,  # of the LLM, by domain
     }

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from megatron_bliss import stopping
 from megatron_bliss.artifacts import RunPaths, digest_tree
 from megatron_bliss.bilevel.curvature import Pool, check_exact, make_curvature
 from megatron_bliss.bilevel.loop import BilevelLoop, LoopSettings
@@ -23,12 +24,13 @@ from megatron_bliss.mcore.parallel import ParallelContext, agreed
 from megatron_bliss.mcore.read_ahead import read_ahead
 from megatron_bliss.mcore.score_model import build_score_model
 from megatron_bliss.mcore.space import MegatronSpace
+from megatron_bliss.mcore.stopping import Vote
 from megatron_bliss.progress import MetricsLog, Progress
 from megatron_bliss.stages.bilevel_data import BilevelData, BilevelDraws
 from megatron_bliss.stages.cache_target import purpose_of
 from megatron_bliss.stages.guards import trusted_round
 from megatron_bliss.stages.inventory import run_inventory
-from megatron_bliss.stages.sources import resume, target_checkpoint
+from megatron_bliss.stages.sources import pin_target, resume, target_checkpoint
 from megatron_bliss.stages.warmup_proxy import adam_settings, proxy_directory
 from megatron_bliss.tracking import Job, track
 
@@ -46,6 +48,9 @@ def run(run_dir: Path, round_number: int) -> None:
     config = read_saved_config(paths.config)
     settings, directory = config.bilevel, paths.bilevel(round_number)
     context = parallel.initialize(config.proxy.tensor_parallel, config.proxy.sequence_parallel, config.seed)
+    with agreed(context):
+        if context.is_first:
+            pin_target(paths, config, round_number)
     with agreed(context):
         inventory = run_inventory(paths.root, config)
         draws = BilevelDraws(config, inventory, round_number)
@@ -65,7 +70,7 @@ def run(run_dir: Path, round_number: int) -> None:
     progress = Progress("bilevel", settings.outer_steps, start=done) if context.is_first else None
     tracker = track(Job(config, paths, "bilevel", round_number), context.is_first, done)
     log = MetricsLog(directory / "metrics.jsonl", done, tracker.log) if context.is_first else None
-    num_tokens = 0
+    num_tokens, vote = 0, Vote(context.device)
     shown: dict[str, float] = {}  # the latest; not all are there in every step
     for known in _known(cache, data.rows, range(done, settings.outer_steps)):
         began = time.monotonic()
@@ -78,10 +83,14 @@ def run(run_dir: Path, round_number: int) -> None:
             log.write(loop.steps_done, **metrics, tokens_per_second=step_tokens / (time.monotonic() - began))
             shown |= {name: metrics[name] for name in _SHOWN if name in metrics}
             progress.report(loop.steps_done, num_tokens, **shown)
-        if loop.steps_done % settings.checkpoint_interval == 0 or loop.steps_done == settings.outer_steps:
+        is_last = loop.steps_done == settings.outer_steps
+        stops = vote() and not is_last
+        if loop.steps_done % settings.checkpoint_interval == 0 or is_last or stops:
             lower, upper = loop.vectors()
             vectors = {checkpoints.MODEL: lower, checkpoints.SCORE: upper}
             checkpoints.save(directory, loop.steps_done, models, vectors, loop.scalars(), keep=1)
+        if stops:
+            stopping.leave("bilevel", loop.steps_done, settings.outer_steps)
 
 
 def open_cache(paths: RunPaths, config: RunConfig, draws: BilevelDraws, round_number: int) -> TargetCache | None:

@@ -6,16 +6,18 @@ are short enough to do without context parallelism here.
 
 from pathlib import Path
 
+from megatron_bliss import stopping
 from megatron_bliss.artifacts import RunPaths, digest_tree
 from megatron_bliss.config import RunConfig, read_saved_config
 from megatron_bliss.data.target_cache import CacheWriter, Purpose
 from megatron_bliss.mcore import checkpoints, parallel
 from megatron_bliss.mcore.checkpoint_files import find
+from megatron_bliss.mcore.stopping import Vote
 from megatron_bliss.mcore.target_outputs import TargetOutputs
 from megatron_bliss.progress import Progress
 from megatron_bliss.stages.bilevel_data import BilevelDraws
 from megatron_bliss.stages.inventory import run_inventory
-from megatron_bliss.stages.sources import target_checkpoint
+from megatron_bliss.stages.sources import pin_target, target_checkpoint
 
 
 def run(run_dir: Path, round_number: int) -> None:
@@ -32,6 +34,9 @@ def run(run_dir: Path, round_number: int) -> None:
         layout.tensor_parallel, layout.sequence_parallel, config.seed, layout.pipeline_parallel
     )
     with parallel.agreed(context):
+        if context.is_first:
+            pin_target(paths, config, round_number)
+    with parallel.agreed(context):
         draws = BilevelDraws(config, run_inventory(paths.root, config), round_number)
         purpose = purpose_of(paths, config, draws, round_number)
         writer = CacheWriter(paths.target_cache(round_number), purpose)
@@ -46,16 +51,21 @@ def run(run_dir: Path, round_number: int) -> None:
         outputs = TargetOutputs(
             target, context, vocab_size, settings.kl_top_k, layout.micro_batch_size, config.data.sequence_length
         )
-        progress = Progress("cache-target", len(pending), "chunks") if context.is_first else None
-        num_tokens = 0
-        for index in range(context.dp_rank, len(pending), context.dp_size):
-            sequences = [tokens for step in purpose.steps_of(pending[index]) for tokens in draws.pool(step)]
-            known = outputs(sequences)
-            if context.is_last_stage and context.tp_rank == 0:
-                writer.write(pending[index], known)
-            num_tokens += context.dp_size * sum(len(tokens) - 1 for tokens in sequences)
+        total, before = purpose.num_chunks, purpose.num_chunks - len(pending)
+        progress = Progress("cache-target", total, "chunks", start=before) if context.is_first else None
+        num_tokens, vote = 0, Vote(context.device)
+        for first in range(0, len(pending), context.dp_size):
+            for chunk in pending[first : first + context.dp_size][context.dp_rank :][:1]:  # none is left for some
+                sequences = [tokens for step in purpose.steps_of(chunk) for tokens in draws.pool(step)]
+                known = outputs(sequences)
+                if context.is_last_stage and context.tp_rank == 0:
+                    writer.write(chunk, known)
+                num_tokens += context.dp_size * sum(len(tokens) - 1 for tokens in sequences)
+            done = min(before + first + context.dp_size, total)
             if progress is not None:
-                progress.report(min(index + context.dp_size, len(pending)), num_tokens)
+                progress.report(done, num_tokens)
+            if vote() and done < total:
+                stopping.leave("cache-target", done, total, "chunks")
     with parallel.agreed(context):  # all are written
         pass
     if context.is_first:

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_bliss.artifacts import RunPaths, write_json
+from megatron_bliss import stopping
+from megatron_bliss.artifacts import RunPaths, digest_tree, read_json, write_json
 from megatron_bliss.config import DataConfig, RunConfig, read_saved_config, warmup_run
 from megatron_bliss.data.inventory import Inventory
 from megatron_bliss.data.sampling import permute
@@ -22,6 +23,7 @@ from megatron_bliss.data.validation import ValidationSet
 from megatron_bliss.mcore import checkpoint_files, checkpoints, parallel
 from megatron_bliss.mcore.parallel import ParallelContext, agreed
 from megatron_bliss.mcore.scorer import Pass, Sequences, ShardSequences, ValidationSequences, loss_measure, mean
+from megatron_bliss.mcore.stopping import Vote
 from megatron_bliss.progress import Progress
 from megatron_bliss.stages.inventory import run_inventory
 from megatron_bliss.stages.pretrain import decay_branch
@@ -46,12 +48,22 @@ def run(run_dir: Path, round_number: int) -> None:
         measured = {"decay": decayed}
         if config.evaluation.curve:
             measured |= {str(checkpoint[0]): checkpoint[1] for checkpoint in line(paths, config, round_number)}
-    progress = Progress("evaluate", len(measured), "checkpoints") if context.is_first else None
-    losses: dict[str, dict[str, Any]] = {}
+        digests = {name: digest_tree(checkpoint) for name, checkpoint in measured.items()} | {"": inventory.digest}
+        losses = _read_partial(paths, round_number, digests)
+    progress = Progress("evaluate", len(measured), "checkpoints", start=len(losses)) if context.is_first else None
+    vote = Vote(context.device)
     for name, checkpoint in measured.items():
+        if name in losses:
+            continue
         losses[name] = evaluate(checkpoint, sets, config, context)
         if progress is not None:
             progress.report(len(losses), validation_loss=losses[name]["validation_loss"])
+        with agreed(context):
+            if context.is_first:
+                partial = {"schema": 1, "checkpoints": digests, "losses": losses}
+                write_json(_partial(paths, round_number), partial)
+        if vote() and len(losses) < len(measured):
+            stopping.leave("evaluate", len(losses), len(measured), "checkpoints")
     decay = losses.pop("decay")
     curve = [
         {"iteration": int(name), "tokens": _tokens(config, int(name)), **losses[name]}
@@ -65,6 +77,7 @@ def run(run_dir: Path, round_number: int) -> None:
             for point in [*curve, {"iteration": last + config.evaluation.decay_steps, **decay}]:
                 tracker.log(point["iteration"], _figures(point))
             tracker.close()
+            _partial(paths, round_number).unlink(missing_ok=True)
 
 
 def _figures(losses: Mapping[str, Any]) -> dict[str, float | None]:
@@ -72,6 +85,17 @@ def _figures(losses: Mapping[str, Any]) -> dict[str, float | None]:
     of_domains = {f"domain_loss/{name}": value for name, value in losses["domain_loss"].items()}
     of_sets = {f"validation_loss/{name}": one["loss"] for name, one in losses.get("validation_sets", {}).items()}
     return {name: losses[name] for name in ("validation_loss", "test_loss")} | of_sets | of_domains
+
+
+def _partial(paths: RunPaths, round_number: int) -> Path:
+    return paths.evaluation(round_number) / "partial.json"
+
+
+def _read_partial(paths: RunPaths, round_number: int, digests: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Losses that an earlier call measured, by checkpoint, if they are of these checkpoints and sets."""
+    path = _partial(paths, round_number)
+    found = read_json(path) if path.exists() else {}
+    return dict(found["losses"]) if found.get("checkpoints") == digests else {}
 
 
 def line(paths: RunPaths, config: RunConfig, round_number: int) -> list[tuple[int, Path]]:

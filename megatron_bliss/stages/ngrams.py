@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_bliss import stopping
 from megatron_bliss.artifacts import RunPaths, atomic_write, digest_file, read_json, write_json
 from megatron_bliss.config import RunConfig, read_saved_config
 from megatron_bliss.data import ngrams
@@ -136,6 +137,8 @@ def _count_slice(
         num_tokens, counted = num_tokens + tokens, counted + tokens
         _write_partial(partial, total, num_tokens, number + 1)
         progress.report(seen, counted)
+        if stopping.requested():
+            stopping.leave("ngrams", seen, num_sequences, "sequences")
     return total, num_tokens
 
 

@@ -1,22 +1,33 @@
 """`warmup-target` and `pretrain`: the LLM's training by Megatron's own trainer, on a selection; and its decay branch.
 
 Every rank of the job calls these functions; the training runs in this process. A stage is complete when the checkpoint
-of its last iteration is there. One that was killed goes on from the newest checkpoint, to the same numbers.
+of its last iteration is there. One that was killed or stopped goes on from the newest checkpoint, to the same numbers.
+A checkpoint that a stop added is removed when there is a newer one: the line keeps those that an undisturbed one has.
 """
 
 import json
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from megatron_bliss import stopping
 from megatron_bliss.artifacts import RunPaths, atomic_write, digest_tree, read_json, write_json
 from megatron_bliss.config import RunConfig, read_saved_config, warmup_run
 from megatron_bliss.data.selection import Selection
 from megatron_bliss.errors import UserError
 from megatron_bliss.mcore.arguments import Files, decay_arguments, split_blends, training_arguments
-from megatron_bliss.mcore.checkpoint_files import find, iteration_path, mend_latest, read_iteration, write_iteration
+from megatron_bliss.mcore.checkpoint_files import (
+    find,
+    iteration_path,
+    mend_latest,
+    note_passing,
+    read_iteration,
+    remove_passing,
+    write_iteration,
+)
 from megatron_bliss.mcore.online import OnlineJob
 from megatron_bliss.mcore.online import install as install_online
 from megatron_bliss.mcore.script import PACKAGED_SCRIPT, run_script
@@ -30,7 +41,7 @@ def run(run_dir: Path, round_number: int) -> None:
     """Train the LLM through one round; round 0 is the warm-up, on the warm-up's selection.
 
     :raises UserError: if the selection or settings cannot be used.
-    :raises SystemExit: if Megatron stopped before the round's last iteration.
+    :raises SystemExit: if Megatron stopped before the round's last iteration: with code 3 if it was asked to.
     """
     paths = RunPaths(Path(run_dir))
     config = read_saved_config(paths.config)
@@ -69,7 +80,7 @@ def decay_branch(run_dir: Path, round_number: int) -> Path:
 
     :returns: the directory of the branch's last checkpoint; the round's own where `evaluation.decay_steps` is 0.
     :raises UserError: if the selection or settings cannot be used.
-    :raises SystemExit: if Megatron stopped before the branch's last iteration.
+    :raises SystemExit: if Megatron stopped before the branch's last iteration: with code 3 if it was asked to.
     """
     paths = RunPaths(Path(run_dir))
     config = read_saved_config(paths.config)
@@ -152,19 +163,34 @@ def _train(
             domain_loss.install(metrics, Selection.open(selection, in_full=False).domain)
         if online is not None:
             install_online(online)
+        from megatron_bliss.mcore.stopping import install as install_stop
+
+        install_stop(partial(_note_passing, files.save, end))
 
     if _is_first():
         write_blends(files.data, selection, config)
         mend_latest(files.save)
+        remove_passing(files.save)
         _mend_index_cache(files.index_cache)
+    began = read_iteration(files.save)
     try:
         run_script(Path(config.target.script or PACKAGED_SCRIPT), arguments, selection, before)
     except SystemExit as ended:  # how Megatron ends at a transition
         if ended.code:
             raise
     reached = read_iteration(files.save)
-    if reached is None or reached < end:
+    if reached is None or reached <= (began or 0) < end:
         raise SystemExit(f"Megatron stopped at iteration {reached} of {end}; run the stage again to go on")
+    if reached < end:
+        stopping.leave("pretrain", reached, end, "iterations")
+    if _is_first():
+        remove_passing(files.save)
+
+
+def _note_passing(save: Path, end: int, iteration: int) -> None:
+    """Before a checkpoint is written that is only there because the training is stopped."""
+    if _is_first() and iteration != end:
+        note_passing(save, iteration)
 
 
 def write_blends(path: Path, selection: Path, config: RunConfig) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_bliss import stopping
 from megatron_bliss.artifacts import RunPaths, digest_tree
 from megatron_bliss.config import RunConfig, read_saved_config
 from megatron_bliss.data.scores import Chunk, ScoreWriter, chunk_of
@@ -27,6 +28,7 @@ from megatron_bliss.mcore.models import build_language_model
 from megatron_bliss.mcore.parallel import ParallelContext, agreed
 from megatron_bliss.mcore.score_model import build_score_model
 from megatron_bliss.mcore.scorer import Measure, Pass, ShardSequences, loss_measure, means, score_measure
+from megatron_bliss.mcore.stopping import Vote
 from megatron_bliss.methods import offline_method
 from megatron_bliss.methods.offline import OfflineMethod
 from megatron_bliss.progress import Progress
@@ -39,7 +41,7 @@ from megatron_bliss.stages.sources import find_model, model_directory
 OnProgress = Callable[[int, int], None]
 
 _POLL_INTERVAL = 5.0  # seconds, at most, between two looks at what the other jobs do
-_WAIT, _DONE = -1, -2  # in place of a shard's index
+_WAIT, _DONE, _STOP = -1, -2, -3  # in place of a shard's index
 
 
 def run(run_dir: Path, round_number: int) -> None:
@@ -231,15 +233,17 @@ def score_chunks(
     :param writer: on the job's first rank, None on the others.
     """
     scoring = work.config.scoring
-    report = _Report(writer) if writer else None
+    report, vote = _Report(writer) if writer else None, Vote(context.device)
     while True:
-        order = [0, 0]
+        order, stops = [0, 0], vote()
         with agreed(context):
             if writer:
-                order = _claim(writer, work.records)
+                order = _claim(writer, work.records, stops)
         index, number = _broadcast(context, order)
         if index == _DONE:
             break
+        if index == _STOP:
+            stopping.leave("score", writer.num_scored if writer else 0, writer.num_wanted if writer else 0, "sequences")
         if index == _WAIT:
             if report:
                 report.show()
@@ -256,11 +260,11 @@ def score_chunks(
         report.finish()
 
 
-def _claim(writer: ScoreWriter, records: list[ShardRecord]) -> list[int]:
+def _claim(writer: ScoreWriter, records: list[ShardRecord], stops: bool) -> list[int]:
     """Index of the shard and number of the chunk to do next; or why there is none, and 0."""
-    chunk = writer.claim()
+    chunk = None if stops else writer.claim()
     if chunk is None:
-        return [_DONE if writer.is_complete else _WAIT, 0]
+        return [_DONE if writer.is_complete else _STOP if stops else _WAIT, 0]
     return [records.index(chunk.record), chunk.number]
 
 

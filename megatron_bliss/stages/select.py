@@ -23,7 +23,7 @@ from megatron_bliss.methods.random import Random
 from megatron_bliss.stages.choice import Choice, Chosen, choose
 from megatron_bliss.stages.guards import RANDOM, ROLLBACK, STOP, Guarded, describe, guarded
 from megatron_bliss.stages.inventory import run_inventory
-from megatron_bliss.stages.sources import find_model, is_model, model_directory
+from megatron_bliss.stages.sources import find_model, is_model, model_directory, target_iteration
 from megatron_bliss.tracking import Job, track
 
 _WIDTH = 120  # where there is no terminal
@@ -95,6 +95,7 @@ def round_choice(paths: RunPaths, config: RunConfig, round_number: int | None) -
             "round": number,
             "tokenizer": tokenizer_facts(config.data.tokenizer),
             "score_model": files.model_digest if files else None,
+            "target": _target(paths, config, round_number),
             "sources": _sources(inventory, files, ledger),
             **({"guard": asdict(found)} if found else {}),
         },
@@ -113,6 +114,15 @@ def round_method(config: RunConfig, found: Guarded | None) -> OfflineMethod:
             "or none, so that the round's score stage decides anew"
         )
     return Random() if found and found.action == RANDOM else offline_method(config)
+
+
+def _target(paths: RunPaths, config: RunConfig, round_number: int | None) -> dict[str, int] | None:
+    """The checkpoint of the LLM that the score model has learned with, and by how many of its steps that was older than
+    what the round begins with; None if the LLM had no part in it."""
+    if round_number is None or offline_method(config).learns != "bilevel" or not config.bilevel.gamma:
+        return None
+    iteration = target_iteration(paths, config, round_number)
+    return {"iteration": iteration, "staleness": config.round_end(round_number - 1) - iteration}
 
 
 def _sources(inventory: Inventory, files: ScoreFiles | None, ledger: Ledger) -> dict[str, str]:

@@ -40,10 +40,30 @@ def resume(stage: str, directory: Path, sources: Mapping[str, str], is_first: bo
 
 
 def target_checkpoint(paths: RunPaths, config: RunConfig, round_number: int) -> Path:
-    """The LLM as the round before this one left it, or the warm-up: its iter_… directory."""
-    if round_number > 1:
-        return checkpoint_files.iteration_path(paths.target, config.round_end(round_number - 1))
-    return checkpoint_files.iteration_path(warmup_run(config, paths).warmup_target, config.round_end(0))
+    """The LLM that a round's selection is made with: the iter_… directory of its pinned iteration."""
+    iteration, warmup_end = target_iteration(paths, config, round_number), config.round_end(0)
+    directory = paths.target if iteration > warmup_end else warmup_run(config, paths).warmup_target
+    return checkpoint_files.iteration_path(directory, iteration)
+
+
+def target_iteration(paths: RunPaths, config: RunConfig, round_number: int) -> int:
+    """The one that was pinned, else the last of the round before; of round 1, the warm-up's last."""
+    path = paths.pinned_target(round_number)
+    return int(read_json(path)["iteration"]) if path.exists() else config.round_end(round_number - 1)
+
+
+def pin_target(paths: RunPaths, config: RunConfig, round_number: int) -> None:
+    """With `launch.mode=overlap`, choose the newest checkpoint of the LLM that there is up to the end of the round
+    before, for good: a stage that is called again goes on with it. Checkpoints that only a stop has made do not count.
+    One process calls it, before the others look."""
+    path = paths.pinned_target(round_number)
+    if config.launch.mode != "overlap" or path.exists():
+        return
+    last, kept = config.round_end(round_number - 1), read_iteration(paths.target) or 0
+    passing = checkpoint_files.passing(paths.target)
+    staying = [iteration for iteration in checkpoint_files.iterations(paths.target) if iteration not in passing]
+    iteration = max((one for one in staying if one <= min(kept, last)), default=config.round_end(0))
+    write_json(path, {"schema": 1, "iteration": iteration, "staleness": last - iteration})
 
 
 def model_directory(paths: RunPaths, config: RunConfig, round_number: int) -> Path:

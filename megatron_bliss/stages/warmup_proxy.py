@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_bliss import stopping
 from megatron_bliss.artifacts import RunPaths
 from megatron_bliss.bilevel.optimizer import AdamSettings, Optimizer, lr_factor
 from megatron_bliss.bilevel.space import ParameterSpace, Vector, group_sum_
@@ -21,6 +22,7 @@ from megatron_bliss.mcore.batches import Batch, bucket, cut_windows, make_batch
 from megatron_bliss.mcore.models import build_language_model, token_losses
 from megatron_bliss.mcore.parallel import ParallelContext, agreed
 from megatron_bliss.mcore.space import MegatronSpace
+from megatron_bliss.mcore.stopping import Vote
 from megatron_bliss.progress import MetricsLog, Progress
 from megatron_bliss.stages.sources import resume
 from megatron_bliss.tracking import Job, track
@@ -59,7 +61,7 @@ def run(run_dir: Path) -> None:
     progress = Progress("warmup-proxy", num_steps, start=done) if context.is_first else None
     tracker = track(Job(config, paths, "warmup-proxy"), context.is_first, done)
     metrics = MetricsLog(directory / "metrics.jsonl", done, tracker.log) if context.is_first else None
-    num_tokens = 0
+    num_tokens, vote = 0, Vote(context.device)
     for step in range(done, num_steps):
         factor = lr_factor(step, num_steps, LR_WARMUP_FRACTION)
         batches, batch_tokens = data.micro_batches(step)
@@ -72,9 +74,12 @@ def run(run_dir: Path) -> None:
             if progress is not None and metrics is not None:
                 progress.report(done, num_tokens, **figures)
                 metrics.write(done, **figures, gradient_norm=float(norm))
-        if done % config.target.save_interval == 0 or done == num_steps:
+        stops = vote() and done < num_steps
+        if done % config.target.save_interval == 0 or done == num_steps or stops:
             vectors = whole_vectors(optimizer)
             checkpoints.save(directory, done, {checkpoints.MODEL: model}, {checkpoints.MODEL: vectors}, {}, keep=1)
+        if stops:
+            stopping.leave("warmup-proxy", done, num_steps)
 
 
 def adam_settings(settings: BilevelConfig, lr: float) -> AdamSettings:
