@@ -31,7 +31,11 @@ def run_ranks(function: Callable[..., Any], num_ranks: int, *args: Any, timeout:
     :raises AssertionError: with the traceback of the first rank that failed, or the ranks that hung.
     """
     context = multiprocessing.get_context("spawn")
-    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    environment = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port() if num_ranks > 1 else 0),
+        "OMP_NUM_THREADS": "1",
+    }
     environment |= {"WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks)}
     pipes = [context.Pipe(duplex=False) for _ in range(num_ranks)]
     processes = [context.Process(target=_rank, args=(rank, pipe[1], function, args)) for rank, pipe in enumerate(pipes)]

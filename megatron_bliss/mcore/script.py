@@ -3,7 +3,6 @@ the stages. It imports neither torch nor Megatron before the script's own surrou
 
 import os
 import runpy
-import socket
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -68,8 +67,6 @@ def _describe_single_process() -> None:
     """What torchrun tells its processes, for a script that was started without it."""
     if "RANK" in os.environ:
         return
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    # port 0: the store takes a free one as it opens it; one that is looked for before may be gone by then
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
