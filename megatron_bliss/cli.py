@@ -436,6 +436,31 @@ def evaluate(run_dir: RunOption, number: RoundOption) -> None:
         stage.run(run_dir, number)
 
 
+@app.command(rich_help_panel=_STAGES)
+def benchmark(
+    run_dir: Annotated[Path | None, typer.Option("--run", help="Directory of the run.")] = None,
+    number: Annotated[int | None, typer.Option("--round", min=1, help="Number of the round, from 1.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks of lm-evaluation-harness, with commas; the papers' nine by default.")
+    ] = None,
+    task_files: Annotated[Path | None, typer.Option(help="A directory with task files of your own.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Documents of each task at most.")] = None,
+    prefetch: Annotated[
+        bool, typer.Option("--prefetch", help="Only download the tasks' data, for nodes without a network.")
+    ] = False,
+) -> None:
+    """Measure the LLM that `evaluate` measures on downstream tasks, zero-shot, by lm-evaluation-harness."""
+    from megatron_bliss.stages import benchmark as stage
+
+    names = tasks.split(",") if tasks else list(stage.TASKS)
+    if prefetch:
+        stage.prefetch(names, task_files)
+    elif run_dir is None or number is None:
+        raise UserError("benchmark needs --run DIR and --round N, or --prefetch")
+    else:
+        stage.run(run_dir, number, names, task_files, limit)
+
+
 def main() -> None:
     """Exit codes: 0 done, 1 failed, 2 bad usage or input, 3 stopped before the end: call again."""
     if "MEGATRON_BLISS_STAGE" in os.environ:

@@ -51,6 +51,7 @@ def test_a_complete_machine_has_no_gap() -> None:
     ("change", "name", "status", "words"),
     [
         ({"versions": VERSIONS | {"numpy": None}}, "numpy", "broken", "pip install numpy"),
+        ({"versions": VERSIONS | {"lm-eval": None}}, "lm-eval", "gap", "megatron-bliss[eval]"),
         ({"gpus": (H100,) * 4}, "ranks", "broken", "launch.nproc_per_node=4"),
         ({"nccl": None}, "NCCL", "broken", "torch"),
         ({"gpus": ()}, "GPUs", "broken", "CUDA_VISIBLE_DEVICES=-1"),

@@ -174,6 +174,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_selections(main.paths, inventory, {"walk": 300, "noise": 100}, wanted)
     write_selections(random.paths, inventory, {"walk": 200, "noise": 200}, wanted)
     write_scores(main.paths, inventory, wanted)
+    tasks = {"sciq": {"acc": 0.625, "acc_stderr": 0.031, "documents": 400}}
+    write_json(main.paths.evaluation(1) / "benchmarks.json", {"schema": 1, "tasks": tasks})
     usage = [{"schema": 1, "seconds": 1800.0, "ranks": 2, "peak_host_bytes": size} for size in (5_000_000, 7_000_000)]
     main.paths.usage("bilevel", 1).parent.mkdir()
     main.paths.usage("bilevel", 1).write_text("".join(f"{json.dumps(line)}\n" for line in usage))
@@ -236,6 +238,7 @@ def test_every_number_on_the_page_is_the_one_in_the_json(run: Path) -> None:
     shown = {tuple(keys): text for keys, _, text in read.numbers}
     assert shown["result", "arms", "bliss", "test_loss"] == "3.5500"
     assert shown["arms", "random", "decays", 0, "domain_loss", "noise"] == f"{5 - 0.6 - 0.25 + 1:.4f}"
+    assert shown["arms", "bliss", "benchmarks", 0, "tasks", "sciq", "acc"] == "62.5%"
     assert shown["wall_s",] == "1:02:03"
     assert not re.search(r"""(?:src|href)=["'](?:https?:)?//|<script|@import""", html)
     pictures = [attributes for tag, attributes in read.tags if tag == "svg"]

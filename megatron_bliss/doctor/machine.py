@@ -21,6 +21,11 @@ _MODULES = {  # optional modules, by what they are called
     "Apex": "apex.normalization.fused_layer_norm",
     "Apex weight gradient": "fused_weight_gradient_mlp_cuda",
 }
+_OPTIONAL = {  # packages: what is missing without them, and how they are had
+    "wandb": ("tracking.wandb cannot be switched on", "pip install wandb"),
+    "tensorboard": ("tracking cannot be switched on", 'pip install "megatron-bliss[tracking]"'),
+    "lm-eval": ("no downstream tasks (`megatron-bliss benchmark`)", 'pip install "megatron-bliss[eval]"'),
+}
 _GET_ENGINE = 'pip install "megatron-bliss[te]"'
 _PATIENCE = 10  # seconds for Slurm's controller
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
@@ -49,7 +54,7 @@ class Machine:
     """Facts about this machine."""
 
     python: str
-    versions: dict[str, str | None]  # of PACKAGES; None: not installed
+    versions: dict[str, str | None]  # of PACKAGES and optional ones; None: not installed
     gpus: tuple[Gpu, ...] = ()
     has_nvidia_device: bool = False  # the driver's device file is there, usable or not
     hides_gpus: bool = False  # CUDA_VISIBLE_DEVICES asks for the CPU
@@ -70,7 +75,7 @@ def look() -> Machine:
     has_nccl = torch.distributed.is_available() and torch.distributed.is_nccl_available()
     return Machine(
         python=platform.python_version(),
-        versions={name: _version(name) for name in PACKAGES},
+        versions={name: _version(name) for name in (*PACKAGES, *_OPTIONAL)},
         gpus=tuple(Gpu(each.name, each.total_memory, (each.major, each.minor)) for each in properties),
         has_nvidia_device=Path("/dev/nvidia0").exists(),
         hides_gpus=os.environ.get("CUDA_VISIBLE_DEVICES", "unset").strip() in ("", "-1"),
@@ -137,7 +142,9 @@ def check_machine(machine: Machine, config: RunConfig | None) -> list[Finding]:
 def check_versions(machine: Machine) -> list[Finding]:
     findings = [Finding("python", "ok", machine.python)]
     for name, version in machine.versions.items():
-        if version is None:
+        if version is None and name in _OPTIONAL:
+            findings.append(Finding(name, "gap", "not installed", *_OPTIONAL[name]))
+        elif version is None:
             findings.append(Finding(name, "broken", "not installed", "nothing runs", f"pip install {name}"))
         else:
             findings.append(Finding(name, "ok", version))

@@ -253,3 +253,4 @@ def _replace_megatron_checks() -> None:
 
     # pretrain() demands CUDA unless this is said
     training.initialize_megatron = functools.partial(training.initialize_megatron, allow_no_cuda=True)
+    megatron.training.initialize_megatron = training.initialize_megatron  # what lm-eval calls

@@ -29,7 +29,7 @@ def run_script(
     if script != PACKAGED_SCRIPT:
         # as for `python SCRIPT`: what lies beside the script is found first, a Megatron of its own included
         sys.path.insert(0, str(script.resolve().parent))
-    _describe_single_process()
+    describe_single_process()
 
     from megatron_bliss.mcore import platform
 
@@ -63,7 +63,7 @@ def _check_selection_used(script: Path, selection: Path | None) -> None:
         dataset.check_used(str(script))
 
 
-def _describe_single_process() -> None:
+def describe_single_process() -> None:
     """What torchrun tells its processes, for a script that was started without it."""
     if "RANK" in os.environ:
         return

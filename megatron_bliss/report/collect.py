@@ -44,6 +44,7 @@ class RoundFiles:
     training: list[dict[str, float]]  # of the LLM, by domain; one entry a line of Megatron's log
     influence_correlation: float | None  # of `mates`: predicted with measured, of sequences that were held out
     target: dict[str, int] | None  # the checkpoint that the score model learned with: iteration, staleness in steps
+    benchmarks: dict[str, dict[str, float]]  # by task, as in evaluation/benchmarks.json
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,10 @@ def _round(paths: RunPaths, number: int) -> RoundFiles:
     correlation = read_json(fit)["held_out_spearman"] if fit.exists() else None
     target = read_json(manifest).get("target") if manifest.exists() else None
     kept = _kept(paths.selection(number))
-    return RoundFiles(number, decay, curve, kept, _metrics(bilevel), _metrics(training), correlation, target)
+    measured = paths.evaluation(number) / "benchmarks.json"
+    benchmarks = read_json(measured)["tasks"] if measured.exists() else {}
+    metrics = _metrics(bilevel), _metrics(training)
+    return RoundFiles(number, decay, curve, kept, *metrics, correlation, target, benchmarks)
 
 
 def _kept(directory: Path) -> dict[str, Counts]:

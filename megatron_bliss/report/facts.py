@@ -73,6 +73,9 @@ def _arm(files: ArmFiles) -> dict[str, Any]:
         "method": files.arm.config.method,
         "curve": [_point(point) for point in files.curve],  # on the main line, learning rate not decayed
         "decays": [_point(entry.decay) | {"round": entry.number} for entry in files.rounds if entry.decay],
+        "benchmarks": [
+            {"round": entry.number, "tasks": entry.benchmarks} for entry in files.rounds if entry.benchmarks
+        ],
         "kept": [_kept(entry) for entry in files.rounds if entry.kept],
     }
 
