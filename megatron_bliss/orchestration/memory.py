@@ -87,7 +87,7 @@ class _Model:
             self.sequence_length, self.tensor_parallel, self.shards_sequence, self.is_fused
         )
         kept = num_layers * (hidden // (self.tensor_parallel if self.shards_sequence else 1))
-        numbers = tokens * (kept + block if self.recomputes else num_layers * block) * in_flight
+        numbers = tokens * (kept * in_flight + block if self.recomputes else num_layers * block * in_flight)
         if self.has_output:
             numbers += 2 * tokens * hidden  # of the last norm
         return Peak(activations=self.size * (numbers + self._passing(tokens)))
