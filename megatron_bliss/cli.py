@@ -14,6 +14,8 @@ from megatron_bliss.errors import StageError, StoppedError, UserError, user_erro
 
 app = typer.Typer(
     help="Data selection for LLM pretraining on Megatron-Core: BLISS rounds over binary token shards.",
+    epilog="To begin: demo. Or copy configs/bliss-410m.yaml to MY.yaml and fill in the data; then doctor MY.yaml, "
+    "run MY.yaml --dry-run, run MY.yaml, inspect RUN. README, 'Where to begin': shards, text, scores alone, Slurm.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
