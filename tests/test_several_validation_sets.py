@@ -38,6 +38,10 @@ def test_exponentiated_gradient_by_hand() -> None:
     found = exponentiated_gradient(weights, losses, 0.5)
     assert found.tolist() == pytest.approx([a / (a + b), b / (a + b)], rel=1e-12)
     assert torch.equal(exponentiated_gradient(weights, torch.tensor([1.0, math.inf]), 0.5), weights)
+    gone = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    for _ in range(10):
+        gone = exponentiated_gradient(gone, torch.tensor([0.0, 3.0], dtype=torch.float64), 1.0)
+    assert gone[1] > 0.8
 
 
 def test_weights_follow_the_losses_of_earlier_steps() -> None:

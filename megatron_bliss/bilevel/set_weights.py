@@ -7,13 +7,13 @@ from torch import Tensor
 
 
 def exponentiated_gradient(weights: Tensor, losses: Tensor, rate: float) -> Tensor:
-    """w_k exp(η L_k), normalised (Group-DRO, arXiv 1911.08731): a step of the maximum over w in Σ_k w_k L_k.
+    """w_k exp(η L_k), normalised (Group-DRO, arXiv 1911.08731): towards the weights with the highest Σ_k w_k L_k.
 
-    :param weights: w_k above 0, [k].
+    :param weights: w_k, [k]; one that has all but gone counts as 1e-12, so that it can come back.
     :param losses: L_k, [k]. Where one is not finite, the weights stay what they are.
     :param rate: η.
     """
-    moved = torch.softmax(weights.log() + rate * losses, dim=0)
+    moved = torch.softmax(weights.clamp_min(1e-12).log() + rate * losses, dim=0)
     return torch.where(torch.isfinite(losses).all(), moved, weights)
 
 

@@ -24,7 +24,6 @@ class ValidationSamples:
     least once.
 
     :param sets: with their weights, which sum to 1.
-
     :param with_attention_mask: as --no-create-attention-mask-in-dataloader says.
     """
 

@@ -57,7 +57,8 @@ class BilevelDraws:
     def _with_sampler(self, name: str, record: ShardRecord) -> tuple[ValidationSet, SequenceSampler]:
         validation = ValidationSet.of(record)
         everything = {record.name: np.arange(len(validation), dtype=np.int32)}
-        return validation, SequenceSampler([record], everything, derive(self._seed, name))
+        purpose = ["validation"] if name == "validation" else ["validation", name]
+        return validation, SequenceSampler([record], everything, derive(self._seed, *purpose))
 
     def _windows(self, sequences: Sequence[np.ndarray], step: int) -> list[slice]:
         draws = hash_positions(derive(self._seed, "window", step), np.arange(len(sequences))).tolist()
