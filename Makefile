@@ -8,7 +8,7 @@ PYTHON ?=
 NO_PYTHON = $(if $(PYTHON),PYTHON=$(PYTHON) is not a,No) Python >= 3.12 with venv and ensurepip$(if $(PYTHON),, was found on PATH or among pyenv's versions): \
 	install one (for example 'pyenv install 3.12', or python3-venv on Debian) or name it with 'make PYTHON=/path/to/python3.12'.
 
-.PHONY: help env demo demo-seeds test test-slow test-harness lint format bench clean
+.PHONY: help env demo demo-seeds test test-slow test-slurm test-harness lint format bench clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -34,6 +34,11 @@ test: env lint ## lint, types and all tests that are not slow
 
 test-slow: env ## the long proofs: kills and resumes, larger sizes
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-slurm: env ## jobs on a real Slurm, with every fault made and looked at; needs root, slurm-wlm, munge, iproute2
+	$(BIN)/python -m pytest -m slurm tests/slurm
+	$(BIN)/python -m tests.slurm.faults
+	$(BIN)/python -m tests.slurm.faults --net veth none
 
 test-harness: env ## benchmarks with a real lm-evaluation-harness, which this installs (requirements-eval.lock)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-eval.lock

@@ -19,22 +19,28 @@ run_on_all_nodes() { # STAGE ARGUMENTS…: a distributed stage, one rank a GPU
     MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
     MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cpus > ranks ? cpus / ranks : 1))}
-    begin "$@"
+    STAGE=("$@")
+    begin
     work "${SRUN[@]}" "$PYTHON" -m megatron_bliss.torchrun --nnodes "$SLURM_NNODES" --nproc-per-node "$ranks" \
         --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "$MASTER_ADDR:$MASTER_PORT" \
         -m -- megatron_bliss.cli "$@"
-    end "$@"
+    end
 }
 
 run_on_one_node() { # STAGE ARGUMENTS…: a stage that is one process
-    begin "$@"
+    STAGE=("$@")
+    begin
     work "${SRUN[@]}" --nodes=1 --ntasks=1 "$PYTHON" -m megatron_bliss.cli "$@"
-    end "$@"
+    end
 }
 
-begin() { # STAGE…: note in RUN/state.json that it starts; nothing more to do where it is done
+begin() { # note in RUN/state.json that it starts; nothing more to do where it is done
     LOG=$(readlink -f /proc/$$/fd/1)
-    [ "$(note begin "$LOG" "$@")" = go ] || exit
+    case $(note begin "$LOG" "${STAGE[@]}") in
+        go) ;;
+        done) exit 0 ;;
+        *) exit 1 ;;
+    esac
 }
 
 work() { # COMMAND…: do it, and leave its exit code in CODE
@@ -42,23 +48,26 @@ work() { # COMMAND…: do it, and leave its exit code in CODE
     export MEGATRON_BLISS_STOP_FILE=$RUN/.stop-$SLURM_JOB_ID MEGATRON_BLISS_STOP_AT
     MEGATRON_BLISS_STOP_AT=$(stop_at)
     rm -f "$MEGATRON_BLISS_STOP_FILE"
-    local step interrupted guard=
+    local step watch interrupted guard=
     # USR2 comes STOP_MARGIN seconds before the time limit, TERM when the job is pre-empted or cancelled.
     trap 'interrupted=1; ask_to_stop' USR2 TERM
     "$@" &
     step=$!
+    # srun ends its tasks when it is ended; the stage then counts as failed, and is tried again.
+    (note --hang-minutes "$HANG_MINUTES" watch "$LOG" "${STAGE[@]}" || kill "$step") &
+    watch=$!
     while :; do # a signal ends `wait`, not the step
         interrupted='' CODE=0
         wait "$step" || CODE=$?
         [ -n "$interrupted" ] || break
     done
     trap - USR2 TERM
-    [ -z "$guard" ] || kill "$guard" 2>/dev/null || true
+    kill "$watch" ${guard:+"$guard"} 2>/dev/null || true
     rm -f "$MEGATRON_BLISS_STOP_FILE"
 }
 
-end() { # STAGE…: note how it ended; try again what did not come to its end
-    case $(note --exit-code "$CODE" end "$LOG" "$@") in
+end() { # note how it ended; try again what did not come to its end
+    case $(note --exit-code "$CODE" end "$LOG" "${STAGE[@]}") in
         done) exit 0 ;;
         requeue) requeue ;;
     esac

@@ -42,8 +42,11 @@ GPU_OPTION=${GPU_OPTION---gpus-per-node=%s}
 # checkpoint, doubled. The job is then requeued under its own number, so that jobs that depend on it keep waiting.
 STOP_MARGIN=${STOP_MARGIN:-300}
 
+# `megatron-bliss submit` takes the next two from launch.max_attempts and launch.hang_minutes.
 # A stage that fails is tried again. After so many attempts in a row that came no further, the chain ends with the reason.
-MAX_ATTEMPTS=${MAX_ATTEMPTS:-5}
+MAX_ATTEMPTS=${MAX_ATTEMPTS:-3}
+# A stage that wrote neither to its log nor to its files for so many minutes hangs: it is ended, and counts as failed. 0: never.
+HANG_MINUTES=${HANG_MINUTES:-120}
 
 # ---- the software on the nodes: a virtual environment on the shared file system …
 PYTHON=${PYTHON:-$MEGATRON_BLISS_HOME/.venv/bin/python}

@@ -50,7 +50,7 @@ read -r -a further <<<"$(setting SBATCH)"
 
 # What settings.sh is to find inside the job as it is here.
 variables=("MEGATRON_BLISS_LAUNCH=$MEGATRON_BLISS_LAUNCH" "RANKS_PER_NODE=${RANKS_PER_NODE:-1}" "STOP_MARGIN=$STOP_MARGIN"
-    "MAX_ATTEMPTS=$MAX_ATTEMPTS")
+    "MAX_ATTEMPTS=$MAX_ATTEMPTS" "HANG_MINUTES=$HANG_MINUTES")
 for name in CUDA_DEVICE_MAX_CONNECTIONS OMP_NUM_THREADS; do
     [ -z "${!name:-}" ] || variables+=("$name=${!name}")
 done

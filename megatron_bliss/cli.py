@@ -98,7 +98,7 @@ def run(
 ) -> None:
     """All rounds on this machine, or on several; called again, it does what is missing."""
     from megatron_bliss.config import load_config
-    from megatron_bliss.orchestration import cost, local, nodes
+    from megatron_bliss.orchestration import cost, local, nodes, slurm
 
     together, words = None, overrides or []
     if launcher is Launcher.torchrun:
@@ -108,7 +108,9 @@ def run(
     directory = run_dir or Path("runs") / config.stem
     if dry_run:
         cost.show(settings, directory)
-    elif together is None:
+        return
+    slurm.refuse_if_queued(directory.absolute())
+    if together is None:
         local.run(settings, directory)
     elif together.rank == 0:
         nodes.lead(settings, directory, together)
@@ -150,17 +152,20 @@ def cancel(run_dir: RunArgument) -> None:
 
 @app.command(hidden=True, context_settings={"ignore_unknown_options": True})
 def job(
-    event: Annotated[str, typer.Argument(metavar="begin|end")],
+    event: Annotated[str, typer.Argument(metavar="begin|watch|end")],
     log: Annotated[Path, typer.Argument(metavar="LOG")],
     words: Annotated[list[str], typer.Argument(metavar="STAGE --run DIR…")],
     exit_code: Annotated[int, typer.Option("--exit-code")] = 0,
     max_attempts: Annotated[int, typer.Option("--max-attempts")] = 5,
+    hang_minutes: Annotated[float, typer.Option("--hang-minutes")] = 0,
 ) -> None:
     """What launch/common.sh asks around a stage."""
     from megatron_bliss.orchestration import slurm_job
 
     if event == "begin":
         typer.echo(slurm_job.begin(words, log, max_attempts))
+    elif event == "watch":
+        slurm_job.watch(words, log, hang_minutes)
     else:
         typer.echo(slurm_job.end(words, exit_code, log, max_attempts))
 

@@ -90,7 +90,6 @@ _POSITIVE_IF_GIVEN = (
         for size in ("gpus", "cpus", "tasks")
     ),
     "launch.slurm.stop_margin",
-    "launch.slurm.max_attempts",
 )
 _NOT_NEGATIVE = (
     *("warmup.target_steps", "warmup.proxy_steps", "evaluation.decay_steps"),

@@ -10,6 +10,7 @@ from megatron_bliss.orchestration.plan import Stage
 from megatron_bliss.orchestration.slurm import Request, requests
 from megatron_bliss.orchestration.slurm_limits import directory_problems, file_system, limit_problems, rank_problems
 from megatron_bliss.orchestration.slurm_queue import Partition, seconds
+from megatron_bliss.settings_check import METHODS
 from tests.fake_run import fake_config
 
 
@@ -122,3 +123,16 @@ def test_a_directory_of_this_host_alone_is_refused(tmp_path: Path) -> None:
     (problem,) = directory_problems(fake_config(), Path("/tmp/run"))
     assert "/tmp/run is under /tmp, which other nodes do not see; give a directory on a shared file system" in problem
     assert not directory_problems(fake_config(launch=LaunchConfig(slurm=SlurmConfig(is_shared=True))), Path("/tmp/run"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_stage_has_a_script_and_resources_of_its_kind(method: str, tmp_path: Path) -> None:
+    jobs = {kind: JobConfig(partition=kind) for kind in ("cpu", "side", "score", "pretrain", "evaluate")}
+    launch = LaunchConfig(nproc_per_node=2, slurm=SlurmConfig(**jobs))
+    config = fake_config(rounds=1, controls=[], method=method, launch=launch)
+    config.bilevel.kl_source = "cached"
+    for asked in requests(config, tmp_path):
+        is_distributed = asked.stage.num_ranks > 1
+        assert (asked.partition != "cpu") == is_distributed, asked.stage.name
+        script = next(word for word in asked.words if word.endswith(".sbatch"))
+        assert ("run_on_all_nodes" in Path(script).read_text()) == is_distributed, script

@@ -31,7 +31,6 @@ class SlurmConfig:
     pretrain: JobConfig = field(default_factory=JobConfig)
     evaluate: JobConfig = field(default_factory=JobConfig)  # and cache-target
     stop_margin: int | None = None  # seconds before the time limit at which a stage is asked to stop
-    max_attempts: int | None = None  # of a stage, in a row, that come no further; then the chain ends
     is_shared: bool = False  # all nodes see the run's directory, though its file system looks like this host's own
 
 
@@ -45,6 +44,6 @@ class LaunchConfig:
     concurrency: int = 1  # stages that may run side by side
     threads: int | None = None  # CPU threads a rank; None: all cores shared out evenly
     hang_minutes: float = 120.0  # without a sign of life (log, outputs) after which a stage counts as hanging; 0: never
-    max_attempts: int = 3  # in a row in which a stage is stopped without having come further; then the run fails
+    max_attempts: int = 3  # of a stage in a row that come no further; then the run fails
     stop_minutes: float = 10.0  # that stages get to save a checkpoint when they are to stop; then they are killed
     slurm: SlurmConfig = field(default_factory=SlurmConfig)

@@ -22,13 +22,10 @@ from megatron_bliss.orchestration.slurm_queue import Job
 # Scripts that do a stage of the warm-up as their round 0; all others are named as their stage.
 _SCRIPTS = {"warmup-select": "select", "warmup-proxy": "bilevel", "warmup-target": "pretrain"}
 _KINDS = {
-    "bilevel": "side",
-    "influence": "side",
-    "fit-influence": "side",
+    **dict.fromkeys(("bilevel", "influence", "fit-influence"), "side"),
+    **dict.fromkeys(("evaluate", "cache-target"), "evaluate"),
     "score": "score",
     "pretrain": "pretrain",
-    "evaluate": "evaluate",
-    "cache-target": "evaluate",
 }
 
 
@@ -160,8 +157,8 @@ def _variables(config: RunConfig, script: str, arguments: list[str]) -> dict[str
     }
     given: dict[str, object] = {f"{kind.upper()}_{name}": value for name, value in of_kind.items()}
     given |= {"ACCOUNT": slurm.account, "PARTITION": slurm.partition, "QOS": slurm.qos}
-    given |= {"STOP_MARGIN": slurm.stop_margin, "MAX_ATTEMPTS": slurm.max_attempts}
-    given |= {"OMP_NUM_THREADS": config.launch.threads}
+    given |= {"STOP_MARGIN": slurm.stop_margin, "OMP_NUM_THREADS": config.launch.threads}
+    given |= {"MAX_ATTEMPTS": config.launch.max_attempts, "HANG_MINUTES": config.launch.hang_minutes}
     if config.is_model_parallel:  # before Blackwell; see settings.sh
         given["CUDA_DEVICE_MAX_CONNECTIONS"] = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     return {name: str(value) for name, value in given.items() if value is not None}
@@ -192,9 +189,7 @@ def submit(config: RunConfig, run_dir: Path) -> None:
     """
     asked, console = requests(config, run_dir), Console()
     with run_lock(RunPaths(run_dir).lock):
-        queue = slurm_queue.jobs(
-            run_dir
-        )  # before the state: a job that ends in between has its stage done, or is redone
+        queue = slurm_queue.jobs(run_dir)  # before the state: the stage of a job that ends in between is seen as done
         state.prepare(config, run_dir)
         (RunPaths(run_dir).logs / "slurm").mkdir(parents=True, exist_ok=True)
         chain = _Chain(run_dir, [job for job in queue if job.is_alive], submitted(run_dir), console)
@@ -271,6 +266,17 @@ class _Chain:
         slurm_queue.call(["scancel", *(job.id for job in jobs)])
         self._console.print(
             f"ended {', '.join(job.id for job in jobs)} ({jobs[0].stage})", soft_wrap=True, highlight=False
+        )
+
+
+def refuse_if_queued(run_dir: Path) -> None:
+    """:raises UserError: if jobs of a run wait or run, beside which its stages must not be started otherwise."""
+    if not RunPaths(run_dir).slurm.exists() or not slurm_queue.is_here():
+        return
+    if alive := [job.id for job in slurm_queue.jobs(run_dir) if job.is_alive]:
+        raise UserError(
+            f"{run_dir} has jobs in Slurm's queue ({', '.join(alive)}); wait for them, or end them with "
+            f"`megatron-bliss cancel {run_dir}`"
         )
 
 

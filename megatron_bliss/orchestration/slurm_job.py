@@ -13,15 +13,15 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
+from megatron_bliss import stopping
 from megatron_bliss.artifacts import RunPaths
 from megatron_bliss.config import read_saved_config
 from megatron_bliss.errors import StageError, UserError
-from megatron_bliss.orchestration import logs, slurm_queue, state
+from megatron_bliss.orchestration import heartbeat, logs, slurm_queue, state
 from megatron_bliss.orchestration.attempts import judged, verdict
 from megatron_bliss.orchestration.plan import Stage, plan
 from megatron_bliss.orchestration.state import Record
 
-_STOPPED = 3  # exit code of a stage that is to be called again
 _ERROR_LINES = 20  # of a failed stage's log
 
 
@@ -43,7 +43,8 @@ def begin(words: Sequence[str], log: Path, max_attempts: int, environment: Mappi
     if record.status == "running" and not is_task:  # the attempt ended without a word
         if record.job not in (None, job) and _is_alive(run_dir, str(record.job)):
             raise StageError(f"{stage.name}: job {record.job} is at it; end that one first (scancel {record.job})")
-        record = state.set_record(run_dir, stage.name, judged(run_dir, stage, record))
+        record = replace(judged(run_dir, stage, record), status="pending")
+        state.set_record(run_dir, stage.name, record)
         if record.fruitless >= max_attempts:
             failed = _give_up(run_dir, stage, record, "it was killed")
             raise StageError(f"{stage.name}: {failed.error.splitlines()[-1]}")
@@ -65,14 +66,14 @@ def end(
     is_task = "SLURM_ARRAY_TASK_ID" in environment
     record = state.read_state(run_dir).get(stage.name, Record())
     missing = [str(path) for path in stage.outputs if not path.exists()]
-    if exit_code == 0 and not missing:
+    if (exit_code == 0 and not missing) or (is_task and _all_is_scored(stage)):
         if record.status != "done":  # of an array, each task that finds all done comes here
             state.finish(run_dir, stage)
         if is_task:  # nothing is left for those that still wait
             subprocess.run(["scancel", "--state=PENDING", _job(environment)], check=False)
         return "done"
     lines = logs.tail(log, record.log_offset if record.log and run_dir / record.log == log else 0)
-    stopped, sentence = exit_code == _STOPPED, logs.user_error(lines, exit_code)
+    stopped, sentence = exit_code == stopping.EXIT_CODE, logs.user_error(lines, exit_code)
     if stopped:
         reason = "it was stopped before its end"
     elif exit_code == 0:
@@ -94,6 +95,15 @@ def end(
     else:
         return "requeue"
     return "fail"
+
+
+def watch(words: Sequence[str], log: Path, hang_minutes: float) -> None:
+    """Stay until the stage gave no sign of life for so long.
+
+    :raises SystemExit: then.
+    """
+    _, stage = find(words)
+    heartbeat.main(hang_minutes, log, stage.outputs)
 
 
 def find(words: Sequence[str]) -> tuple[Path, Stage]:
@@ -124,11 +134,19 @@ def _is_alive(run_dir: Path, job: str) -> bool:
 
 
 def _check_needs(run_dir: Path, stage: Stage, records: Mapping[str, Record]) -> None:
+    stages = {each.name: each for each in plan(read_saved_config(RunPaths(run_dir).config), run_dir)}
     for name in stage.needs:
         record = records.get(name, Record())
-        if record.status != "done":
+        if record.status == "running" and _all_is_scored(stages[name]):
+            state.finish(run_dir, stages[name])  # a task that came late was ended before it could say so
+        elif record.status != "done":
             log = f"; its log is {run_dir / record.log}" if record.log else ""
             raise StageError(f"{stage.name} cannot start: {name} is not done ({record.note or record.status}){log}")
+
+
+def _all_is_scored(stage: Stage) -> bool:
+    """Whether a scoring stage has written its manifest, which it does last, whoever scored."""
+    return stage.command[0] == "score" and all((path / "manifest.json").exists() for path in stage.outputs)
 
 
 def _give_up(run_dir: Path, stage: Stage, record: Record, reason: str) -> Record:

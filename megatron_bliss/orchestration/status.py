@@ -40,7 +40,7 @@ def show(run_dir: Path) -> None:
     if run_dir.parent.name == "controls" and RunPaths(above).state.exists():
         raise UserError(f"{run_dir} is a control arm; ask for the status of the run it belongs to, {above}")
     stages = plan(config, run_dir)
-    jobs = _Jobs(run_dir) if RunPaths(run_dir).slurm.exists() and slurm_queue.is_here() else None
+    jobs, silence = _ask_slurm(run_dir)
     records = state.read_state(run_dir)  # after the queue: what ended in between is seen as ended
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for column in ("stage", "state", "started", "took"):
@@ -60,6 +60,8 @@ def show(run_dir: Path) -> None:
     for stage, standing in zip(stages, states, strict=True):
         if standing in ("failed", "interrupted") and (log := records[stage.name].log):
             console.print(f"{stage.name} {standing}; its log is {run_dir / log}", style="red", soft_wrap=True)
+    if silence:
+        console.print(f"what Slurm knows of the run's jobs is missing above: {silence}", soft_wrap=True)
     if jobs is not None and not jobs.alive and states.count("done") < len(stages):
         console.print(
             "none of the run's jobs is left in Slurm's queue; `megatron-bliss submit` goes on", soft_wrap=True
@@ -117,6 +119,16 @@ def _target(stage: Stage) -> str:
         return ""
     pin = read_json(path)
     return f"target of iteration {pin['iteration']}, {pin['staleness']} steps before the round"
+
+
+def _ask_slurm(run_dir: Path) -> tuple["_Jobs | None", str]:
+    """A run's jobs, if it has any and Slurm answers; else why it does not."""
+    if not RunPaths(run_dir).slurm.exists() or not slurm_queue.is_here():
+        return None, ""
+    try:
+        return _Jobs(run_dir), ""
+    except UserError as error:
+        return None, str(error)
 
 
 class _Jobs:

@@ -25,20 +25,19 @@ def small_jobs(**changes: Any) -> LaunchConfig:
     jobs["pretrain"].nodes = [2]
     jobs["score"].tasks = 2
     jobs["cpu"] = JobConfig(cpus=1, time="30")
-    return LaunchConfig(threads=1, slurm=SlurmConfig(is_shared=True, **{"max_attempts": 3, **jobs, **changes}))
+    return LaunchConfig(threads=1, slurm=SlurmConfig(is_shared=True, **jobs | changes))
 
 
-def kill_ranks(bed: Cluster, task: int) -> int:
-    """SIGKILL for all ranks of a task of an array that runs; how many they were."""
-    killed = 0
+def ranks_of_task(bed: Cluster, task: int) -> list[psutil.Process]:
+    """Of an array that runs."""
+    found = []
     wanted = {"SLURM_CONF": bed.environment["SLURM_CONF"], "SLURM_ARRAY_TASK_ID": str(task)}
     for process in psutil.process_iter():
         with suppress(psutil.Error):
             variables = process.environ()
             if "LOCAL_RANK" in variables and wanted.items() <= variables.items():
-                process.kill()
-                killed += 1
-    return killed
+                found.append(process)
+    return found
 
 
 class Chain:

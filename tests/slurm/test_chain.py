@@ -1,7 +1,9 @@
 """A run as a chain of jobs on a real Slurm, with stages that only count: what is submitted, kept, replaced, tried
 again, given up, and what `status` says of it."""
 
+import os
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,11 +51,18 @@ def test_resubmitting_keeps_what_waits_and_replaces_what_is_gone(bed: Cluster, t
     assert len(re.findall(r"afterany:\d+", select)) == 2
     assert "left as they are" in chain.submit("launch.slurm.score.tasks=1")
     assert len(chain.jobs()["round-0001/score"]) == 1
-    shown = chain.cli("status", chain.run_dir)
-    assert "12 queued" in shown
+    assert "12 queued" in chain.cli("status", chain.run_dir)
+    assert "has jobs in Slurm's queue" in chain.cli("run", chain.config, "--run", chain.run_dir, code=2)
     chain.cli("cancel", chain.run_dir)
     assert not chain.jobs()
     assert "none of the run's jobs is left" in chain.cli("status", chain.run_dir)
+    squeue = tmp_path / "squeue"
+    squeue.write_text("#!/bin/sh\necho 'Unable to contact slurm controller' >&2\nexit 1\n")
+    squeue.chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    silent = bed.call(sys.executable, "-m", "megatron_bliss.cli", "status", chain.run_dir, PATH=path)
+    assert silent.returncode == 0, "the files say enough"
+    assert "is missing above: squeue failed: Unable to contact slurm controller" in silent.stdout
 
 
 def test_a_chain_comes_to_its_end_over_stops_failures_and_requeues(bed: Cluster, tmp_path: Path) -> None:
@@ -72,9 +81,20 @@ def test_a_chain_comes_to_its_end_over_stops_failures_and_requeues(bed: Cluster,
     assert chain.is_done(), records
     assert records["warmup-proxy"]["attempts"] == records["round-0001/bilevel"]["attempts"] == 2
     log = (chain.run_dir / str(records["round-0001/pretrain"]["log"])).read_text()
-    steps = [int(found) for found in re.findall(r"\[pretrain\] (\d+)/30", log)]
-    assert steps == list(range(1, 31)), "it goes on where it stopped, in one log"
+    steps = [int(found) for found in re.findall(r"\[pretrain\] (\d+)/10030", log)]  # after the warm-up's 10,000
+    assert steps == list(range(10_001, 10_031)), "it goes on where it stopped, in one log"
     assert "0 jobs submitted, 0 left as they are, 12 stages done" in chain.submit()
+    again = bed.call(
+        "launch/submit.sh",
+        "prepare",
+        chain.run_dir,
+        "1",
+        "--wait",
+        f"--output={tmp_path}/by-hand.log",
+        **chain.variables,
+    )  # by hand
+    assert again.returncode == 0, again.stderr
+    assert chain.attempts("round-0001/prepare") == 1, "there was nothing to do"
 
 
 def test_a_chain_without_progress_ends_with_the_reason(bed: Cluster, tmp_path: Path) -> None:
@@ -98,3 +118,40 @@ def test_bad_input_is_not_tried_again(bed: Cluster, tmp_path: Path) -> None:
     chain.wait()
     assert chain.attempts("inventory") == 1
     assert "data.pool is of cheese; make it of text" in chain.cli("status", chain.run_dir)
+
+
+@pytest.mark.slow
+def test_a_stage_that_hangs_is_ended_and_tried_again(bed: Cluster, tmp_path: Path) -> None:
+    chain = Chain.fake(bed, tmp_path, hangs=["round-0001/select"])
+    chain.submit("launch.hang_minutes=1")
+    chain.wait()
+    assert chain.is_done()
+    assert chain.records()["round-0001/select"]["attempts"] == 2
+    log = (chain.run_dir / chain.records()["round-0001/select"]["log"]).read_text()
+    assert "gave no sign of life for 1 minutes" in log
+
+
+@pytest.mark.slow
+def test_a_stage_that_does_not_stop_when_asked_is_put_back_all_the_same(bed: Cluster, tmp_path: Path) -> None:
+    chain = Chain.fake(bed, tmp_path, deaf=["round-0001/pretrain"], steps={"pretrain": 60}, seconds={"pretrain": 1})
+    chain.submit("launch.slurm.stop_margin=8")
+    chain.wait_for(lambda: chain.progress("round-0001/pretrain") > 2)
+    chain.bed.call("scancel", "--batch", "--signal=USR2", *chain.jobs()["round-0001/pretrain"])
+    chain.wait()
+    assert chain.is_done()
+    assert chain.records()["round-0001/pretrain"]["attempts"] == 2
+
+
+@pytest.mark.slow
+def test_with_overlap_a_round_takes_as_long_as_the_longer_of_selection_and_training(
+    bed: Cluster, tmp_path: Path
+) -> None:
+    training, selection = 300, (100, 60)  # seconds; of bilevel and score
+    lengths = {"pretrain": training, "bilevel": selection[0], "score": selection[1]}
+    chain = Chain.fake(bed, tmp_path, rounds=2, steps=lengths, seconds=dict.fromkeys(lengths, 1))
+    chain.submit("launch.mode=overlap")
+    chain.wait(1800)
+    assert chain.is_done()
+    first, second = (chain.records()[f"round-{number:04d}/pretrain"]["finished"] for number in (1, 2))
+    assert second - first == pytest.approx(max(training, sum(selection)), rel=0.1)
+    print(f"{second - first:.0f} s a round; {training} s of training, {sum(selection)} s of selection")
