@@ -36,7 +36,10 @@ class Launcher(enum.StrEnum):
 
 _LOOK = "Selections, looked at and exchanged"
 # Stages that save what they have and end when they are asked to (`stopping`); the others are ended at any moment.
-_LISTENING = ("warmup-target", "warmup-proxy", "cache-target", "ngrams", "bilevel", "score", "pretrain", "evaluate")
+_LISTENING = (
+    *("warmup-target", "warmup-proxy", "cache-target", "influence", "fit-influence", "ngrams", "bilevel", "score"),
+    *("pretrain", "evaluate"),
+)
 _STAGES = "Stages (what `run` starts; distributed ones under torchrun)"
 
 

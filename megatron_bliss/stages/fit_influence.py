@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_bliss import stopping
 from megatron_bliss.artifacts import RunPaths, digest_bytes, digest_tree, write_json
 from megatron_bliss.bilevel.optimizer import lr_factor
 from megatron_bliss.bilevel.space import Vector, group_sum_
@@ -26,6 +27,7 @@ from megatron_bliss.mcore.parallel import ParallelContext, agreed
 from megatron_bliss.mcore.score_model import ScoreModel, build_score_model
 from megatron_bliss.mcore.scorer import Pass, means, score_measure
 from megatron_bliss.mcore.space import MegatronSpace
+from megatron_bliss.mcore.stopping import Vote
 from megatron_bliss.progress import MetricsLog, Progress
 from megatron_bliss.stages import influence
 from megatron_bliss.stages.influence_data import InfluenceSample
@@ -62,6 +64,7 @@ def run(run_dir: Path, round_number: int) -> None:
         optimizer.load({name: space.own(vector) for name, vector in vectors.items()}, done)
     progress = Progress("fit-influence", data.num_steps, start=done) if context.is_first else None
     log = MetricsLog(directory / "metrics.jsonl", done) if context.is_first else None
+    vote = Vote(context.device)
     for step in range(done, data.num_steps):
         factor = lr_factor(step, data.num_steps, LR_WARMUP_FRACTION)
         loss, gradient = _loss_and_gradient(model, space, data.micro_batches(step), config.mates.fit_batch_size)
@@ -72,9 +75,12 @@ def run(run_dir: Path, round_number: int) -> None:
             if progress is not None and log is not None:
                 progress.report(done, None, **figures)
                 log.write(done, **figures, gradient_norm=float(norm))
-        if done % config.mates.checkpoint_interval == 0 or done == data.num_steps:
+        stops = vote() and done < data.num_steps
+        if done % config.mates.checkpoint_interval == 0 or done == data.num_steps or stops:
             vectors = whole_vectors(optimizer)
             checkpoints.save(directory, done, {checkpoints.SCORE: model}, {checkpoints.SCORE: vectors}, {}, keep=1)
+        if stops:
+            stopping.leave("fit-influence", done, data.num_steps)
     forward = Pass(context, config.data.sequence_length, config.scoring.batch_tokens)
     predicted = means(forward.totals(score_measure(model.eval()), data.sample))
     with agreed(context):

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_bliss import stopping
 from megatron_bliss.artifacts import RunPaths, atomic_write, digest_tree
 from megatron_bliss.bilevel.probe import Probe
 from megatron_bliss.config import RunConfig, read_saved_config
@@ -23,6 +24,7 @@ from megatron_bliss.mcore.batches import Batch, bucket, make_batch
 from megatron_bliss.mcore.models import build_language_model, token_losses
 from megatron_bliss.mcore.parallel import ParallelContext, agreed
 from megatron_bliss.mcore.space import MegatronSpace
+from megatron_bliss.mcore.stopping import Vote
 from megatron_bliss.progress import Progress
 from megatron_bliss.stages.influence_data import InfluenceSample, ReferenceSet, reference_sets
 from megatron_bliss.stages.inventory import run_inventory
@@ -50,7 +52,7 @@ def run(run_dir: Path, round_number: int) -> None:
         return
     probe = SequenceProbe(config, proxy, reference, context)
     progress = Progress("influence", len(sample), "sequences", start=len(known)) if context.is_first else None
-    num_tokens = 0
+    num_tokens, vote = 0, Vote(context.device)
     while len(known) < len(sample):
         ids = range(len(known), min(len(known) + config.mates.checkpoint_interval, len(sample)))
         found = torch.zeros(len(ids), dtype=torch.float64, device=context.device)
@@ -71,6 +73,8 @@ def run(run_dir: Path, round_number: int) -> None:
                     np.save(stream, known, allow_pickle=False)
         if progress is not None:
             progress.report(len(known), num_tokens, mean=known.mean(), std=known.std(), helpful=(known > 0).mean())
+        if vote() and len(known) < len(sample):
+            stopping.leave("influence", len(known), len(sample), "sequences")
 
 
 def read(directory: Path) -> np.ndarray:
