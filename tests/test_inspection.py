@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet
 import pytest
+from rich.console import Console
 
 from megatron_bliss.artifacts import RunPaths
 from megatron_bliss.config import RunConfig
@@ -350,3 +351,9 @@ def test_large_tables_are_written_and_read_in_row_groups(tmp_path: Path, monkeyp
     kept = parquet.read_kept(tmp_path / "big.parquet", [record])["big"]
     assert kept.dtype == np.int32
     assert np.array_equal(kept, np.arange(0, 9000, 3))
+
+
+def test_sequences_without_a_score_have_none_in_the_quantiles(capsys: pytest.CaptureFixture[str]) -> None:
+    lowest = float(np.finfo(np.float32).min)
+    Console().print(tables._quantiles({"candidates": {"0": lowest, "0.5": 1.25}}))
+    assert capsys.readouterr().out.split()[-3:] == ["candidates", "none", "1.25"]

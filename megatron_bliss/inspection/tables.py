@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -16,6 +17,7 @@ from megatron_bliss.inspection.rounds import Run
 
 _WIDTH = 120  # where there is no terminal
 _CHARACTERS = 300  # of a sample's text
+_LOWEST = float(np.finfo(np.float32).min)
 
 
 def show(run_dir: Path, number: int | None, num_samples: int, as_json: bool) -> None:
@@ -67,11 +69,12 @@ def _sizes(sizes: dict[str, dict[str, int]]) -> Table:
 
 
 def _quantiles(quantiles: dict[str, dict[str, float] | None]) -> Table:
+    """Sequences that could not be scored, or are too short for that, have none."""
     names = next((list(found) for found in quantiles.values() if found), [])
     table = _table("score at", *(f"{float(name):.0%}" for name in names))
     for part, found in quantiles.items():
         if found:
-            table.add_row(part, *(f"{value:.4g}" for value in found.values()))
+            table.add_row(part, *("none" if value <= _LOWEST else f"{value:.4g}" for value in found.values()))
     return table
 
 
