@@ -53,8 +53,9 @@ class Chain:
 
     @classmethod
     def fake(cls, bed: Cluster, folder: Path, rounds: int = 1, **behaviour: object) -> "Chain":
-        """With stages that only count, as `behaviour` says."""
-        config = fake_config(rounds=rounds, controls=[], launch=small_jobs())
+        """With stages that only count, one process each, as `behaviour` says."""
+        launch = small_jobs(pretrain=JobConfig(nodes=[1], gpus=1, time="30"))
+        config = fake_config(rounds=rounds, controls=[], launch=launch)
         chain = cls(bed, folder, config, **FAKE_PYTHON)
         (chain.run_dir / "behaviour.json").write_text(json.dumps(behaviour))
         return chain

@@ -17,8 +17,6 @@ from megatron_bliss.orchestration import slurm_job
 
 def main(words: list[str]) -> int:
     run_dir, stage = slurm_job.find(words[words.index("megatron_bliss.cli") + 1 :])
-    if os.environ.get("SLURM_PROCID", "0") != "0":
-        return 0
     behaviour = json.loads((run_dir / "behaviour.json").read_text())
 
     def told(what: str, default: float) -> float:
