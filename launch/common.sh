@@ -36,6 +36,13 @@ run_on_one_node() { # STAGE ARGUMENTS…: a stage that is one process
 
 begin() { # note in RUN/state.json that it starts; nothing more to do where it is done
     LOG=$(readlink -f /proc/$$/fd/1)
+    # A stage stops at its next step, and exits with 3, when this file appears or this moment is past.
+    export MEGATRON_BLISS_STOP_FILE=$RUN/.stop-$SLURM_JOB_ID MEGATRON_BLISS_STOP_AT
+    MEGATRON_BLISS_STOP_AT=$(stop_at)
+    rm -f "$MEGATRON_BLISS_STOP_FILE"
+    # USR2 comes STOP_MARGIN seconds before the time limit, TERM when the job is pre-empted or cancelled.
+    GUARD=
+    trap 'INTERRUPTED=1; ask_to_stop' USR2 TERM
     case $(note begin "$LOG" "${STAGE[@]}") in
         go) ;;
         done) exit 0 ;;
@@ -44,25 +51,19 @@ begin() { # note in RUN/state.json that it starts; nothing more to do where it i
 }
 
 work() { # COMMAND…: do it, and leave its exit code in CODE
-    # A stage stops at its next step, and exits with 3, when this file appears or this moment is past.
-    export MEGATRON_BLISS_STOP_FILE=$RUN/.stop-$SLURM_JOB_ID MEGATRON_BLISS_STOP_AT
-    MEGATRON_BLISS_STOP_AT=$(stop_at)
-    rm -f "$MEGATRON_BLISS_STOP_FILE"
-    local step watch interrupted guard=
-    # USR2 comes STOP_MARGIN seconds before the time limit, TERM when the job is pre-empted or cancelled.
-    trap 'interrupted=1; ask_to_stop' USR2 TERM
+    local step watch
     "$@" &
     step=$!
     # srun ends its tasks when it is ended; the stage then counts as failed, and is tried again.
     (note --hang-minutes "$HANG_MINUTES" watch "$LOG" "${STAGE[@]}" || kill "$step") &
     watch=$!
     while :; do # a signal ends `wait`, not the step
-        interrupted='' CODE=0
+        INTERRUPTED='' CODE=0
         wait "$step" || CODE=$?
-        [ -n "$interrupted" ] || break
+        [ -n "$INTERRUPTED" ] || break
     done
     trap - USR2 TERM
-    kill "$watch" ${guard:+"$guard"} 2>/dev/null || true
+    kill "$watch" ${GUARD:+"$GUARD"} 2>/dev/null || true
     rm -f "$MEGATRON_BLISS_STOP_FILE"
 }
 
@@ -89,10 +90,10 @@ stop_at() { # when to stop, in seconds since 1970; nothing without a time limit
 
 ask_to_stop() {
     touch "$MEGATRON_BLISS_STOP_FILE"
-    [ -z "$guard" ] || return 0
+    [ -z "$GUARD" ] || return 0
     # Should it not end in time, the job goes back into the queue all the same, and on from the checkpoint before.
     (sleep $((STOP_MARGIN * 3 / 4)) && requeue) &
-    guard=$!
+    GUARD=$!
 }
 
 requeue() { # under the same number; but a job that is being cancelled must not come back

@@ -94,11 +94,11 @@ class Chain:
         reading = last_reading(tail(self.run_dir / record["log"]), self.plan[stage].iterations)
         return reading.done if reading else 0
 
-    def wait(self, seconds: float = 900) -> None:
+    def wait(self, seconds: float = 3600) -> None:
         """Until none of its jobs waits or runs."""
         self.wait_for(lambda: not self.jobs(), seconds)
 
-    def wait_for(self, holds: Callable[[], object], seconds: float = 900, poll: float = 0.2) -> None:
+    def wait_for(self, holds: Callable[[], object], seconds: float = 3600, poll: float = 0.2) -> None:
         end = time.monotonic() + seconds
         while not holds():
             if time.monotonic() > end:

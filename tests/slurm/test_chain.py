@@ -97,6 +97,7 @@ def test_a_chain_comes_to_its_end_over_stops_failures_and_requeues(bed: Cluster,
     assert chain.attempts("round-0001/prepare") == 1, "there was nothing to do"
 
 
+@pytest.mark.slow
 def test_a_chain_without_progress_ends_with_the_reason(bed: Cluster, tmp_path: Path) -> None:
     chain = Chain.fake(bed, tmp_path, codes={"round-0001/bilevel": [1] * 9})
     chain.submit()
