@@ -53,7 +53,8 @@ def test_every_need_and_input_is_made_by_a_stage_before(config: RunConfig, tmp_p
     made: dict[Path, str] = {}
     for stage in plan(config, tmp_path):
         assert set(stage.needs) <= set(made.values())
-        inside = [path for path in stage.inputs if path.is_relative_to(tmp_path)]
+        # what guards did is there only if they did something
+        inside = [path for path in stage.inputs if path.is_relative_to(tmp_path) and path.name != "guard.json"]
         assert all(path in made and made[path] in stage.needs for path in inside), stage.name
         for path in stage.outputs:
             assert path not in made, "one stage makes a file"
