@@ -220,7 +220,8 @@ class _Follower:
             self._running[name] = self._start(self._stages[name], call["port"])
 
     def _start(self, stage: Stage, port: int) -> subprocess.Popen[bytes]:
-        log = RunPaths(self._run_dir).logs / f"{stage.name}.node-{self._nodes.rank}.log"
+        # the first node's too: Megatron's last rank, which says how far it is, may be here
+        log = RunPaths(self._run_dir).logs / f"{stage.name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         surroundings = stage_environment(self._config, stage, self._run_dir)
         self.console.print(f"{stage.name}: log {log}", soft_wrap=True)
