@@ -1,6 +1,7 @@
 """`compare`: its settings, its runs with stages that only sleep and write, its figures from synthetic files."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from megatron_bliss.errors import UserError
 from megatron_bliss.orchestration import compare, local, state
 from megatron_bliss.orchestration.plan import arms, plan
 from megatron_bliss.orchestration.state import prepare
-from megatron_bliss.report import comparison, comparison_page, result
+from megatron_bliss.report import collect, comparison, comparison_page, result
 from megatron_bliss.report.statistics import BETTER, NO_DIFFERENCE, UNKNOWN, WORSE, Spread, spread, verdict
 from megatron_bliss.stages.inventory import collect as take_inventory
 from tests.fake_run import fake_command, journal
@@ -258,13 +259,16 @@ def test_a_domains_mean_score_leaves_out_what_was_not_scored(out: Path) -> None:
 
 
 def test_how_well_influences_are_predicted_is_a_mean_over_rounds(out: Path) -> None:
-    for number, correlation in ((1, 0.4), (2, 0.6)):
-        directory = RunPaths(out / "seed-1").influence_model(number)
-        write_json(directory / "fit.json", {"schema": 1, "held_out_spearman": correlation})
+    directory = RunPaths(out / "seed-1").influence_model(1)
+    write_json(directory / "fit.json", {"schema": 1, "held_out_spearman": 0.4})
     found = comparison.write(out)["arms"]["bliss"]
-    assert found["seeds"]["1"]["influence_correlation"] == pytest.approx(0.5)
+    assert found["seeds"]["1"]["influence_correlation"] == pytest.approx(0.4)
     assert found["influence_correlation"]["count"] == 1
-    assert result.demo_result(out / "seed-1")["arms"]["bliss"]["influence_correlation"] == pytest.approx(0.5)
+    assert result.demo_result(out / "seed-1")["arms"]["bliss"]["influence_correlation"] == pytest.approx(0.4)
+    files = collect.collect(out / "seed-1").arms[0]
+    [entry] = files.rounds
+    later = replace(entry, influence_correlation=0.6), replace(entry, influence_correlation=None)
+    assert replace(files, rounds=[entry, *later]).influence_correlation == pytest.approx(0.5)
 
 
 def test_reference_work_counts_as_selection(out: Path) -> None:
