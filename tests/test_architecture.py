@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "megatron_bliss"
-# From the bottom up. Whatever stands in the package and is not listed here (cli.py, hooks.py, ...) is at the top.
+# From the bottom up. Whatever stands in the package and is not listed here (cli, hooks.py, ...) is at the top.
 LAYERS = [
     ("errors", "stopping"),
     ("artifacts", "settings_check"),
