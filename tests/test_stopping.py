@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 
 from megatron_bliss import stopping
-from megatron_bliss.stages import inventory, select
+from megatron_bliss.artifacts import RunPaths
+from megatron_bliss.stages import inventory, ngrams, select
 from tests.distributed import run_ranks
 from tests.stopping_ranks import STAGES, prepare, small, stop_stages, votes
 from tests.tiny_run import tiny_config
+from tests.toy_shards import write_run
 
 
 @pytest.fixture
@@ -76,3 +78,31 @@ def test_a_stopped_stage_goes_on_to_the_same_bytes(stopped: list[dict[str, Any]]
     assert stops >= 1
     assert undisturbed
     assert found == undisturbed
+
+
+def test_stopped_ngrams_go_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process without ranks, asked after every second of its twelve chunks."""
+    whole, stopped = (RunPaths(tmp_path / name) for name in ("whole", "stopped"))
+    settings = ["method=dsir", "dsir.features=tokens", "scoring.chunk_sequences=100"]
+    for paths in (whole, stopped):
+        write_run(paths.root, {"a": [400, 300], "bb": [500]}, settings)
+        inventory.run(paths.root)
+    ngrams.run(whole.root, 1)
+    looks = []
+
+    def requested() -> bool:
+        looks.append(1)
+        return len(looks) % 2 == 0
+
+    monkeypatch.setattr(stopping, "requested", requested)
+    for _ in range(6):
+        with pytest.raises(SystemExit) as ended:
+            ngrams.run(stopped.root, 1)
+        assert ended.value.code == stopping.EXIT_CODE
+    ngrams.run(stopped.root, 1)
+    assert len(looks) == 12, "no chunk is counted twice"
+    expected, found = (
+        {path.name: path.read_bytes() for path in paths.ngrams(1).iterdir()} for paths in (whole, stopped)
+    )
+    assert set(expected) == {"log-ratio.npy", "manifest.json", "sources.json"}
+    assert found == expected
