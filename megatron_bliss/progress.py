@@ -11,7 +11,7 @@ from pathlib import Path
 from megatron_bliss.artifacts import atomic_write
 
 _LINE = re.compile(r"^\[(?P<stage>[\w-]+)\] (?P<done>\d+)/(?P<total>\d+) (?P<unit>\S+)(?: \| (?P<rest>.*))?$")
-_MEGATRON_LINE = re.compile(r"\biteration\s+(?P<done>\d+)/\s*(?P<total>\d+) \|.*?(?:lm loss: (?P<loss>\S+))?", re.ASCII)
+_MEGATRON_LINE = re.compile(r"\biteration\s+(?P<done>\d+)/\s*(?P<total>\d+) \|", re.ASCII)
 
 
 @dataclass

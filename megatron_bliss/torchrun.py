@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from types import FrameType
 
 import psutil
@@ -29,7 +30,8 @@ def main(arguments: Sequence[str]) -> None:
         handed_on.append(number)
         os.environ[stopping.STOP_AT] = "0"  # for ranks that are not there yet
         for rank in psutil.Process().children():
-            rank.send_signal(number)
+            with suppress(psutil.NoSuchProcess):
+                rank.send_signal(number)
 
     for number in stopping.SIGNALS:
         signal.signal(number, hand_on)

@@ -135,11 +135,13 @@ def test_figures_are_the_harness_s_own_by_plain_names() -> None:
     results = {
         "sciq": {"alias": "sciq", "acc,none": 0.5, "acc_stderr,none": 0.1, "acc_norm,none": 0.25},
         "boolq": {"acc,none": 1.0, "acc_stderr,none": "N/A", "f1,none": 0.3},
+        "mmlu": {"alias": "mmlu", "acc,none": 0.25, "acc_stderr,none": 0.01},  # a group: it has no documents of its own
     }
     samples = {"sciq": {"original": 9, "effective": 4}, "boolq": {"original": 2, "effective": 2}}
     assert benchmark.figures(results, samples) == {
         "sciq": {"acc": 0.5, "acc_stderr": 0.1, "acc_norm": 0.25, "documents": 4},
         "boolq": {"acc": 1.0, "documents": 2},
+        "mmlu": {"acc": 0.25, "acc_stderr": 0.01, "documents": None},
     }
 
 

@@ -44,7 +44,7 @@ def test_the_parts_of_a_training() -> None:
     assert peak.logits == 2 * 1024 * 50304 * (2 + 4)
     assert peak.total == sum(peak.amounts)
     shared = replace(config, target=replace(config.target, extra_args=["--use-distributed-optimizer"]))
-    shared.launch.nproc_per_node = 8
+    shared.launch.nproc_per_node, shared.launch.nnodes = 4, 2
     found = stage_memory(shared, "warmup-target")
     assert found is not None
     assert found.optimizer == 12 * numel / 8

@@ -19,7 +19,7 @@ from megatron_bliss.data.validation import ValidationSet
 from megatron_bliss.errors import UserError
 from megatron_bliss.mcore.online_data import ValidationSamples
 from megatron_bliss.stages import bilevel, inventory, ngrams, select, warmup_proxy
-from megatron_bliss.stages.evaluate import over_sets
+from megatron_bliss.stages.evaluate import over_sets, refuse_divergence
 from tests.distributed import run_ranks
 from tests.side_models import edit_config
 from tests.tiny_run import tiny_config, write_chain_shard
@@ -68,6 +68,14 @@ def test_loss_over_sets() -> None:
 
 
 # --- settings
+
+
+def test_a_loss_that_is_no_number_ends_the_evaluation() -> None:
+    losses: dict[str, dict[str, float | None]] = {"validation": {"validation": 2.0}, "test": {"": None}}
+    refuse_divergence(losses, Path("iter_0000007"))
+    for value in (math.nan, math.inf):
+        with pytest.raises(UserError, match=r"loss of iter_0000007 on the domain set web is (nan|inf): .*target\.lr"):
+            refuse_divergence(losses | {"domain": {"web": value}}, Path("iter_0000007"))
 
 
 def test_one_set_or_several() -> None:

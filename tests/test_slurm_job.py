@@ -131,6 +131,19 @@ def test_a_dead_task_fails_the_stage_only_if_it_was_the_last(tmp_path: Path, mon
     assert run.record.status == "failed"
 
 
+def test_the_task_that_ends_an_array_needs_no_command_of_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a container there may be none: tasks that still wait stay in the queue then, and find all done."""
+    run = Run(tmp_path, "round-0001/score")
+    task = {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "0"}
+    assert run.begin(**task) == "go"
+    for output in run.stage.outputs:
+        output.mkdir(parents=True)
+        (output / "manifest.json").write_text("done")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert run.end(0, **task) == "done"
+    assert run.record.status == "done"
+
+
 def test_scores_that_are_there_count_whatever_became_of_the_last_task(tmp_path: Path) -> None:
     run = Run(tmp_path, "round-0001/select")
     state.begin(tmp_path, run.stages["round-0001/score"], 1, run.log, 0, {})  # a task that came late, and was killed

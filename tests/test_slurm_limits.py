@@ -9,7 +9,7 @@ from megatron_bliss.errors import UserError
 from megatron_bliss.orchestration.plan import Stage
 from megatron_bliss.orchestration.slurm import Request, requests
 from megatron_bliss.orchestration.slurm_limits import directory_problems, file_system, limit_problems, rank_problems
-from megatron_bliss.orchestration.slurm_queue import Partition, seconds
+from megatron_bliss.orchestration.slurm_queue import Partition, ended_states, jobs, seconds
 from megatron_bliss.settings_check import METHODS
 from tests.fake_run import fake_config
 
@@ -136,3 +136,10 @@ def test_every_stage_has_a_script_and_resources_of_its_kind(method: str, tmp_pat
         assert (asked.partition != "cpu") == is_distributed, asked.stage.name
         script = next(word for word in asked.words if word.endswith(".sbatch"))
         assert ("run_on_all_nodes" in Path(script).read_text()) == is_distributed, script
+
+
+def test_a_machine_without_slurm_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="squeue is not on this machine; call this where jobs are submitted"):
+        jobs(tmp_path / "run")
+    assert ended_states(["12"]) == {}

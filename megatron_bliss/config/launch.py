@@ -47,3 +47,8 @@ class LaunchConfig:
     max_attempts: int = 3  # of a stage in a row that come no further; then the run fails
     stop_minutes: float = 10.0  # that stages get to save a checkpoint when they are to stop; then they are killed
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
+
+    @property
+    def num_ranks(self) -> int:
+        """Of a distributed stage, on all machines."""
+        return self.nproc_per_node * self.nnodes

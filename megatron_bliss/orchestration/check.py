@@ -31,7 +31,7 @@ def check(config: RunConfig, run_dir: Path, ranks: Ranks | None = None) -> None:
     if ranks is None:
         launch = config.launch
         name = "launch.nproc_per_node" if launch.nnodes == 1 else "launch.nproc_per_node × launch.nnodes"
-        ranks = Ranks(launch.nproc_per_node * launch.nnodes, launch.nproc_per_node * launch.nnodes, name, name)
+        ranks = Ranks(launch.num_ranks, launch.num_ranks, name, name)
     main, *controls = arms(config, run_dir)
     tracking.check(config.tracking)
     trains_proxy = config.warmup.start_from is None

@@ -133,5 +133,5 @@ def _further_products(config: RunConfig) -> int:
 
 def _micro_batches(config: RunConfig) -> int:
     """Of a batch of the pool, on each rank."""
-    ranks = max(config.launch.nproc_per_node // config.proxy.tensor_parallel, 1)
+    ranks = max(config.launch.num_ranks // config.proxy.tensor_parallel, 1)
     return -(-config.bilevel.batch_size // (config.bilevel.micro_batch_size * ranks))

@@ -166,7 +166,7 @@ def _sharing(config: RunConfig) -> int:
     """Ranks that the proxy's optimizer is shared out over."""
     if not config.proxy.distributed_optimizer:
         return 1
-    return max(config.launch.nproc_per_node // config.proxy.tensor_parallel, 1)
+    return max(config.launch.num_ranks // config.proxy.tensor_parallel, 1)
 
 
 def _warmup_proxy(config: RunConfig) -> Peak:
@@ -197,7 +197,7 @@ def _loss(model: _Model, tokens: int) -> Peak:
 
 def _pretrain(config: RunConfig, has_reference: bool) -> Peak:
     target, model = config.target, _target(config)
-    ranks = config.launch.nproc_per_node // (target.tensor_parallel * target.pipeline_parallel)
+    ranks = config.launch.num_ranks // (target.tensor_parallel * target.pipeline_parallel)
     sharing = max(ranks, 1) if "--use-distributed-optimizer" in target.extra_args else 1
     state, tokens = model.trained(sharing), target.micro_batch_size * config.data.sequence_length
     tokens //= target.context_parallel

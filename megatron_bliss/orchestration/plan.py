@@ -121,8 +121,7 @@ def _stage(
     words: tuple[str, ...] = (command, "--run", str(arm.paths.root))
     if round_number is not None:
         words += ("--round", str(round_number))
-    launch = arm.config.launch
-    num_ranks = launch.nproc_per_node * launch.nnodes if distributed else 1
+    num_ranks = arm.config.launch.num_ranks if distributed else 1
     name = arm.stage_name(command, round_number)
     return Stage(name, arm.paths.root, words, num_ranks, tuple(needs), tuple(inputs), (output,), iterations)
 

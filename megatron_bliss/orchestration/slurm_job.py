@@ -6,9 +6,9 @@ waiting; after some attempts in a row that came no further than those before, th
 """
 
 import os
-import subprocess
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -70,7 +70,8 @@ def end(
         if record.status != "done":  # of an array, each task that finds all done comes here
             state.finish(run_dir, stage)
         if is_task:  # nothing is left for those that still wait
-            subprocess.run(["scancel", "--state=PENDING", _job(environment)], check=False)
+            with suppress(UserError):  # none do, or a container is without Slurm's commands: they look themselves
+                slurm_queue.call(["scancel", "--state=PENDING", _job(environment)])
         return "done"
     lines = logs.tail(log, record.log_offset if record.log and run_dir / record.log == log else 0)
     stopped, sentence = exit_code == stopping.EXIT_CODE, logs.user_error(lines, exit_code)

@@ -46,9 +46,12 @@ def is_here() -> bool:
 def call(words: Sequence[str]) -> str:
     """Output of a command of Slurm's.
 
-    :raises UserError: with Slurm's own words, if it fails.
+    :raises UserError: with Slurm's own words, if it fails; if it is not there.
     """
-    done = subprocess.run(words, capture_output=True, text=True)
+    try:
+        done = subprocess.run(words, capture_output=True, text=True)
+    except FileNotFoundError:
+        raise UserError(f"{words[0]} is not on this machine; call this where jobs are submitted") from None
     if done.returncode:
         raise UserError(f"{words[0]} failed: {_line(done.stderr) or 'no output'}")
     return done.stdout

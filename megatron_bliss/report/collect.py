@@ -44,7 +44,7 @@ class RoundFiles:
     training: list[dict[str, float]]  # of the LLM, by domain; one entry a line of Megatron's log
     influence_correlation: float | None  # of `mates`: predicted with measured, of sequences that were held out
     target: dict[str, int] | None  # the checkpoint that the score model learned with: iteration, staleness in steps
-    benchmarks: dict[str, dict[str, float]]  # by task, as in evaluation/benchmarks.json
+    benchmarks: dict[str, dict[str, float | None]]  # by task, as in evaluation/benchmarks.json
 
 
 @dataclass(frozen=True)

@@ -112,14 +112,14 @@ def measured_checkpoint(paths: RunPaths, config: RunConfig, round_number: int) -
 
 
 def figures(results: Mapping[str, Mapping[str, Any]], samples: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
-    """What the harness says of each task: `acc`, `acc_norm` where it has one, their standard errors, and the number of
-    documents."""
+    """What the harness says of each task or group of tasks: `acc`, `acc_norm` where it has one, their standard errors,
+    and the number of documents; None for a group, whose tasks are listed as well."""
     found: dict[str, Any] = {}
     for task, values in results.items():
         known = {f"{metric}{end}": values.get(f"{metric}{end},none") for metric in METRICS for end in ("", "_stderr")}
         numbers = {name: float(value) for name, value in known.items() if isinstance(value, int | float)}
         finite = {name: value for name, value in numbers.items() if np.isfinite(value)}
-        found[task] = finite | {"documents": samples[task]["effective"]}
+        found[task] = finite | {"documents": samples[task]["effective"] if task in samples else None}
     return found
 
 

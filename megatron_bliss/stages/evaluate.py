@@ -4,6 +4,7 @@ The headline numbers are those of a decay branch, which is trained first, by Meg
 """
 
 import gc
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from megatron_bliss.data.seeds import derive
 from megatron_bliss.data.shards import ShardRecord, verify_shard
 from megatron_bliss.data.slices import Slicing
 from megatron_bliss.data.validation import ValidationSet
+from megatron_bliss.errors import UserError
 from megatron_bliss.mcore import checkpoint_files, checkpoints, parallel
 from megatron_bliss.mcore.parallel import ParallelContext, agreed
 from megatron_bliss.mcore.scorer import Pass, Sequences, ShardSequences, ValidationSequences, loss_measure, mean
@@ -33,7 +35,7 @@ from megatron_bliss.tracking import Job, track
 def run(run_dir: Path, round_number: int) -> None:
     """Write `round-N/evaluation/results.json`. All ranks of the job call it.
 
-    :raises UserError: without the round's checkpoint, or where it does not fit the settings.
+    :raises UserError: without the round's checkpoint, where it does not fit the settings, or its loss is no number.
     """
     paths = RunPaths(Path(run_dir))
     config = read_saved_config(paths.config)
@@ -156,15 +158,30 @@ def _sample(size: int, config: RunConfig, name: str) -> np.ndarray:
 def evaluate(
     checkpoint: Path, sets: Mapping[str, Mapping[str, Sequences]], config: RunConfig, context: ParallelContext
 ) -> dict[str, Any]:
-    """Mean losses per predicted token, None for a set without any. All ranks call it."""
+    """Mean losses per predicted token, None for a set without any. All ranks call it.
+
+    :raises UserError: where one is no number.
+    """
     model = checkpoints.load_target(checkpoint, context, config.target.model, config.data.tokenizer.vocab_size)
     forward, measure = Pass(context, config.data.sequence_length, config.scoring.batch_tokens), loss_measure(model)
     losses = {
         kind: {name: mean(forward.totals(measure, sequences)) for name, sequences in by_name.items()}
         for kind, by_name in sets.items()
     }
+    refuse_divergence(losses, checkpoint)
     validation = over_sets(losses["validation"], config.data)
     return validation | {"test_loss": losses["test"].get(""), "domain_loss": losses["domain"]}
+
+
+def refuse_divergence(losses: Mapping[str, Mapping[str, float | None]], checkpoint: Path) -> None:
+    """:raises UserError: if a loss is infinite or no number: nothing that follows could be compared."""
+    for kind, by_name in losses.items():
+        for name, loss in by_name.items():
+            if loss is not None and not math.isfinite(loss):
+                raise UserError(
+                    f"the loss of {checkpoint} on the {kind} set {name or 'of the run'} is {loss}: the training has "
+                    "diverged; start a new run with a lower target.lr, or with gradients that are clipped at less"
+                )
 
 
 def over_sets(losses: Mapping[str, float | None], data: DataConfig) -> dict[str, Any]:
