@@ -1,6 +1,7 @@
 """`compare`: its settings, its runs with stages that only sleep and write, its figures from synthetic files."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from megatron_bliss.artifacts import RunPaths, read_json, write_json
+from megatron_bliss.cli import app
 from megatron_bliss.config import ControlConfig, RunConfig, load_comparison
 from megatron_bliss.data.correlation import spearman
 from megatron_bliss.errors import UserError
@@ -119,14 +122,37 @@ def test_a_comparison_that_cannot_work_is_one_sentence(tmp_path: Path, changes: 
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_ready_configurations_load_and_can_be_planned(
-    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    asked = load_comparison(path, [])
-    compare.show(asked, tmp_path)
-    shown = capsys.readouterr().out
-    assert all(name in shown for name in asked.arms)
-    assert list(tmp_path.iterdir()) == []
+def test_ready_configurations_pass_a_dry_run(path: Path, tmp_path: Path) -> None:
+    """As they are, but for the data: with a pool that is there, all sizes are known."""
+    pool = [{"name": name, "prefixes": [write_chain_shard(tmp_path / name, 600, 1, 0.5)]} for name in ("a", "b")]
+    words = [str(path), "corpus=null", f"data.pool={json.dumps(pool)}", f"data.validation={tmp_path / 'a'}"]
+    words += ["data.tokenizer.model=tokenizer", "data.tokenizer.vocab_size=256", "seeds=[1]"]
+    done = CliRunner().invoke(app, ["compare", *words, "--out", str(tmp_path / "out"), "--dry-run"])
+    assert done.exit_code == 0, done.output
+    assert "not known" not in done.output
+    rows = {words[0]: words[1:] for line in done.output.splitlines() if len(words := line.split()) == 6}
+    for name in ("bliss", *load_comparison(path, []).arms):
+        assert np.isfinite([float(word) for word in rows[name]]).all()
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_papers_questions_have_ready_configurations() -> None:
+    """BLISS's ablations, BLADE's numbers and the baselines of issue 6, each an arm of some file."""
+    settings = [arm for path in CONFIGS for arm in load_comparison(path, []).arms.values()]
+    for asked in (
+        {"bilevel.gamma": 0},
+        {"bilevel.weights": "naive"},
+        {"bilevel.restart_score": True},
+        *({"online.sync_interval": interval} for interval in (500, 1000, 2000)),
+        *({"online.keep": keep} for keep in (0.4, 0.8)),
+        *({"method": "perplexity", "perplexity.keep": keep} for keep in ("low", "middle", "high")),
+        *({"method": method} for method in ("random", "all", "dsir", "mates")),
+        {"online.method": "rho1"},
+    ):
+        assert any(asked.items() <= arm.items() for arm in settings), asked
+    proxies = load_comparison(CONFIGS[0].with_name("compare-proxy.yaml"), [])
+    target = proxies.run_config(1).target.model.preset
+    assert proxies.arms["target_as_proxy"] == {"proxy.model.preset": target}
 
 
 # --- runs
@@ -348,6 +374,9 @@ def test_a_comparison_of_real_runs_with_an_arm_that_shares_little(tmp_path: Path
     paired = [one - other for one, other in zip(ours, random, strict=True)]
     assert found["arms"]["bliss"]["difference"]["mean"] == pytest.approx(np.mean(paired))
     assert found["arms"]["other"]["selection_flops"]["mean"] > found["arms"]["bliss"]["selection_flops"]["mean"]
+    preferences = found["rank_correlation"]["bliss"]["other"]  # of two domains: they agree or they do not
+    assert {preferences[of]["count"] for of in ("kept", "score")} == {2}
+    assert re.search(r"<td>bliss, other</td><td>-?[01]\.00", (tmp_path / "out/comparison.html").read_text())
     for seed in (1, 2):
         arm = tmp_path / f"out/seed-{seed}/controls/other"
         assert (arm / "warmup/proxy").is_dir()
