@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,9 +18,12 @@ from megatron_bliss.stages.pretrain import decay_branch
 from tests.distributed import run_ranks
 from tests.launch import finish, losses, run, start
 from tests.selections import select
-from tests.tiny_run import SEQUENCE_LENGTH, VOCAB_SIZE, tiny_config, write_chain_shard
+from tests.test_run import outcome
+from tests.tiny_run import SEQUENCE_LENGTH, VOCAB_SIZE, megatron_bliss, tiny_config, write_chain_shard
 
 USER_SCRIPT = Path(__file__).parent / "scripts" / "pretrain_gpt.py"
+KILLED_SCRIPT = USER_SCRIPT.with_name("killed_in_reference_steps.py")
+SEQUENCE_PARALLEL_SCRIPT = USER_SCRIPT.with_name("sequence_parallel_gpt.py")
 STEPS = 10
 LOOP = "--eval-iters 0 --eval-interval 100 --log-interval 1 --save-interval 4 --ckpt-format torch_dist"
 BLADE = ["--online", "blade", "--set", "sync_interval=3", "--set", "reference_steps=4"]
@@ -46,8 +50,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def train(folder: Path, name: str, online: list[str], *more: str, ranks: int = 1, steps: int = STEPS) -> dict[int, str]:
-    words = [*online, USER_SCRIPT, *arguments(folder, "--save", str(folder / name), *more, steps=steps)]
+def train(
+    folder: Path,
+    name: str,
+    online: list[str],
+    *more: str,
+    ranks: int = 1,
+    steps: int = STEPS,
+    script: Path = USER_SCRIPT,
+) -> dict[int, str]:
+    words = [*online, script, *arguments(folder, "--save", str(folder / name), *more, steps=steps)]
     return losses(run("megatron_bliss.hooks", words, folder / f"{name}.log", num_ranks=ranks, timeout=600))
 
 
@@ -75,6 +87,9 @@ def test_keeping_all_tokens_is_plain_training(folder: Path) -> None:
     [
         # initialisation depends on tensor parallelism, so it goes on from one rank's checkpoint, reference and all
         ("tensor", ["--tensor-model-parallel-size", "2", "--ckpt-step", "4"], "micro-batch"),
+        pytest.param(
+            "sequence", ["--tensor-model-parallel-size", "2", "--ckpt-step", "4"], "micro-batch", marks=pytest.mark.slow
+        ),
         ("data", ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"], "micro-batch"),
         pytest.param("global", ["--use-distributed-optimizer"], "global-batch", marks=pytest.mark.slow),
     ],
@@ -86,7 +101,8 @@ def test_two_ranks_choose_as_one(
     one = undisturbed if scope == "micro-batch" else train(folder, "one-global", blade(folder, f"scope={scope}"))
     other = "undisturbed" if scope == "micro-batch" else "one-global"
     start_from = ["--load", str(folder / other)] if "--ckpt-step" in more else []
-    two = train(folder, name, blade(folder, f"scope={scope}"), *more, *start_from, ranks=2)
+    script = SEQUENCE_PARALLEL_SCRIPT if name == "sequence" else USER_SCRIPT
+    two = train(folder, name, blade(folder, f"scope={scope}"), *more, *start_from, ranks=2, script=script)
     assert 10 in two
     for iteration, loss in two.items():
         if iteration in one:
@@ -118,10 +134,13 @@ def test_bf16_selects_like_float32(folder: Path, undisturbed: dict[int, str]) ->
                 assert line[key] == pytest.approx(theirs[key], abs=0.1), (name, key)
 
 
-def test_a_kill_amid_the_reference_steps_changes_nothing(folder: Path, undisturbed: dict[int, str]) -> None:
+def test_a_kill_amid_the_reference_steps_changes_nothing(
+    folder: Path, undisturbed: dict[int, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The second synchronisation begins after six steps, two past the checkpoint; it is killed at its second step."""
+    monkeypatch.setenv("KILLED", str(folder / "was-killed"))
     save = ["--save", str(folder / "killed"), "--load", str(folder / "killed")]
-    killed = [*blade(folder), USER_SCRIPT.with_name("killed_in_reference_steps.py"), *arguments(folder, *save)]
+    killed = [*blade(folder), KILLED_SCRIPT, *arguments(folder, *save)]
     assert finish(start("megatron_bliss.hooks", killed, folder / "killed.log"), 120) == [-9]
     assert read_iteration(folder / "killed") == 4
     words = [*blade(folder), USER_SCRIPT, *arguments(folder, *save)]
@@ -129,6 +148,43 @@ def test_a_kill_amid_the_reference_steps_changes_nothing(folder: Path, undisturb
     assert resumed == {step: undisturbed[step] for step in (5, 7, 8, 9, 10)}
     ours, theirs = ([line | {"seconds": 0} for line in metrics(folder, name)] for name in ("killed", "undisturbed"))
     assert ours == theirs
+
+
+@pytest.mark.slow
+def test_sequences_and_tokens_chosen_in_one_run_are_the_same_after_a_kill_amid_the_reference_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second synchronisation begins after 14 steps: in round 2, two past the checkpoint that round 1 ends with."""
+    settings = tiny_config(tmp_path, control=False)
+    online = ["online.method=blade", "online.sync_interval=7", "online.reference_steps=4"]
+
+    def do(name: str, exit_code: int) -> None:
+        done = megatron_bliss("run", settings, "--run", tmp_path / name, *online, f"target.script={KILLED_SCRIPT}")
+        assert done.returncode == exit_code, done.stdout + done.stderr
+
+    was_killed = tmp_path / "was-killed"
+    monkeypatch.setenv("KILLED", str(was_killed))
+    do("killed", 1)
+    assert was_killed.exists()
+    assert read_iteration(RunPaths(tmp_path / "killed").target) == 12
+    do("killed", 0)
+    do("undisturbed", 0)
+    ours, theirs = (everything(tmp_path / name) for name in ("killed", "undisturbed"))
+    assert {"round-0001/selection/walk.npy", "round-0002/evaluation/results.json"} < ours.keys()
+    assert [line["step"] for line in ours["round-0002/online/metrics.jsonl"]] == [13, 14, 15, 15, 16, 17, 18]
+    assert [line["step"] for line in ours["round-0002/pretrain/metrics.jsonl"]] == [13, 14, 15, 16, 17, 18]
+    assert ours == theirs
+
+
+def everything(run_dir: Path) -> dict[str, Any]:
+    """`outcome`, and what each step of the LLM noted: losses by domain, and what was measured of the tokens kept."""
+    found: dict[str, Any] = outcome(run_dir)
+    for path in sorted([*run_dir.rglob("online/metrics.jsonl"), *run_dir.rglob("pretrain/metrics.jsonl")]):
+        lines = map(json.loads, path.read_text().splitlines())
+        found[str(path.relative_to(run_dir))] = [
+            {key: value for key, value in line.items() if key != "seconds"} for line in lines
+        ]
+    return found
 
 
 def test_a_reference_that_stays_and_an_average_select_too(folder: Path, undisturbed: dict[int, str]) -> None:
