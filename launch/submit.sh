@@ -25,7 +25,7 @@ case $script in
     bilevel | influence | fit-influence) group=SIDE ;;
     score) group=SCORE ;;
     pretrain) group=PRETRAIN ;;
-    evaluate | cache-target) group=EVALUATE ;;
+    evaluate | cache-target | fidelity) group=EVALUATE ;;
     *) group=CPU ;;
 esac
 setting() { # NAME [DEFAULT]: that of the group

@@ -138,6 +138,10 @@ class RunPaths:
         """By an earlier score model, where guards do not trust the round's own."""
         return self.round(number) / "rollback-scores"
 
+    def fidelity(self, number: int) -> Path:
+        """What training on single sequences is worth to the LLM and to the proxy, measured on a sample."""
+        return self.round(number) / "fidelity"
+
     def guard(self, number: int) -> Path:
         """What guards did in a round; there only if they did something."""
         return self.round(number) / "guard.json"

@@ -93,7 +93,7 @@ _POSITIVE_IF_GIVEN = (
 )
 _NOT_NEGATIVE = (
     *("warmup.target_steps", "warmup.proxy_steps", "evaluation.decay_steps"),
-    *("data.held_out", "data.contamination_tokens", "launch.hang_minutes", "launch.stop_minutes"),
+    *("fidelity.sequences", "data.held_out", "data.contamination_tokens", "launch.hang_minutes", "launch.stop_minutes"),
 )
 _Rule = tuple[tuple[str, ...], Callable[[Any], bool], str]
 _RULES: tuple[_Rule, ...] = (

@@ -18,6 +18,7 @@ from megatron_bliss.config import (
     DataConfig,
     DomainConfig,
     EvaluationConfig,
+    FidelityConfig,
     LaunchConfig,
     ModelConfig,
     ProxyConfig,
@@ -36,7 +37,7 @@ from megatron_bliss.mcore.losses import CHUNK
 from megatron_bliss.orchestration.cost import arm_costs, measure
 from megatron_bliss.orchestration.memory import stage_memory
 from megatron_bliss.orchestration.plan import arms
-from megatron_bliss.stages import bilevel, inventory, pretrain, score, select, warmup_proxy
+from megatron_bliss.stages import bilevel, fidelity, inventory, pretrain, score, select, warmup_proxy
 from tests.distributed import run_ranks
 
 LENGTH, STEPS = 256, 2
@@ -44,9 +45,11 @@ _WORKSHOP: dict[str, Callable[[Path], None]] = {
     "warmup-proxy": warmup_proxy.run,
     "bilevel": lambda run: bilevel.run(run, 1),
     "score": lambda run: score.run(run, 1),
+    "fidelity": lambda run: fidelity.run(run, 1),
     "warmup-target": lambda run: pretrain.run(run, 0),
 }
-NAMES = {"bilevel": "round-0001/bilevel", "score": "round-0001/score"}  # of stages in a plan, where not the command's
+# Of stages in a plan, where not the command's.
+NAMES = {command: f"round-0001/{command}" for command in ("bilevel", "score", "fidelity")}
 
 
 def write_run(folder: Path, model: ModelConfig, vocab_size: int, num_ranks: int, tensor_parallel: int) -> Path:
@@ -77,6 +80,7 @@ def write_run(folder: Path, model: ModelConfig, vocab_size: int, num_ranks: int,
         selection=SelectionConfig(pool="all", fraction=0.2),
         scoring=ScoringConfig(batch_tokens=4 * LENGTH),
         evaluation=EvaluationConfig(decay_steps=0),
+        fidelity=FidelityConfig(sequences=16),
         launch=LaunchConfig(nproc_per_node=num_ranks),
     )  # fmt: skip
     run = folder / "run"

@@ -12,7 +12,7 @@ from megatron_bliss.artifacts import RunPaths, digest_file
 from megatron_bliss.data import target_cache
 from megatron_bliss.mcore import parallel
 from megatron_bliss.mcore.stopping import Vote
-from megatron_bliss.stages import bilevel, cache_target, fit_influence, influence, score, warmup_proxy
+from megatron_bliss.stages import bilevel, cache_target, fidelity, fit_influence, influence, score, warmup_proxy
 from tests.side_models import edit_config
 from tests.target_cache_ranks import save_target
 
@@ -21,6 +21,7 @@ STAGES: dict[str, Callable[[Path], None]] = {
     "cache-target": lambda run: cache_target.run(run, 1),
     "bilevel": lambda run: bilevel.run(run, 1),
     "score": lambda run: score.run(run, 1),
+    "fidelity": lambda run: fidelity.run(run, 1),
     "influence": lambda run: influence.run(run, 1),
     "fit-influence": lambda run: fit_influence.run(run, 1),
 }
@@ -36,7 +37,7 @@ def stop_stages(rank: int, whole: Path, stopped: Path) -> dict[str, list[Any]]:
     Only the second rank is asked, at its second look each time.
     """
     asked, looks = stopping.requested, [0]
-    target_cache.CHUNK_STEPS = 1
+    target_cache.CHUNK_STEPS, fidelity._CHUNK = 1, 8
 
     def requested() -> bool:
         looks[0] += 1
@@ -66,6 +67,7 @@ def files_of(run: Path, stage: str) -> dict[str, str]:
         "cache-target": paths.target_cache(1),
         "bilevel": paths.bilevel(1),
         "score": paths.scores(1),
+        "fidelity": paths.fidelity(1),
         "influence": paths.influence(1),
         "fit-influence": paths.influence_model(1),
     }[stage]
@@ -99,5 +101,5 @@ def small(run: Path) -> None:
         run, data__sequence_length=20, bilevel__gamma=0.5, bilevel__kl_source="cached", bilevel__kl_top_k=16,
         bilevel__outer_steps=8, scoring__chunk_sequences=60, target__save_interval=5,
         mates__sample_size=40, mates__reference_sequences=8, mates__checkpoint_interval=10, mates__fit_batch_size=8,
-        mates__fit_epochs=2,
+        mates__fit_epochs=2, fidelity__sequences=20,
     )  # fmt: skip

@@ -98,7 +98,10 @@ def test_ready_configurations_can_run(name: str, tmp_path: Path) -> None:
 
 def test_predicted_is_what_stages_take(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", ModelConfig(preset="tiny"), 2000, 1, 1)
-    launches = (["warmup-target"], ["warmup-proxy", "bilevel", "score"])  # Megatron sets up ranks of its own
+    launches = (
+        ["warmup-target"],
+        ["warmup-proxy", "bilevel", "score", "fidelity"],
+    )  # Megatron sets up ranks of its own
     for command, found in compare(run, *launches).items():
         assert found["memory_ratio"] == pytest.approx(1, abs=0.15), command
         assert found["flops_ratio"] == pytest.approx(1, abs=0.01), command

@@ -65,7 +65,7 @@ def test_stages_of_the_methods(tmp_path: Path) -> None:
     def commands(method: str) -> set[str]:
         return {stage.command[0] for stage in plan(fake_config(method=method, controls=[]), tmp_path)}
 
-    assert commands("bliss") - commands("perplexity") == {"bilevel"}
+    assert commands("bliss") - commands("perplexity") == {"bilevel", "fidelity"}
     assert commands("perplexity") - commands("random") == {"score", "warmup-proxy"}
     assert {"select", "pretrain", "evaluate", "report"} <= commands("random")
 

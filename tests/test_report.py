@@ -174,6 +174,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_selections(main.paths, inventory, {"walk": 300, "noise": 100}, wanted)
     write_selections(random.paths, inventory, {"walk": 200, "noise": 200}, wanted)
     write_scores(main.paths, inventory, wanted)
+    correlation = {"spearman": 0.44, "low": 0.37, "high": None}
+    pairs = dict.fromkeys(("scores_target", "proxy_target", "scores_proxy"), correlation)
+    found = {"schema": 1, "iteration": 6, "sequences": 500, "correlations": pairs}
+    write_json(main.paths.fidelity(1) / "results.json", found)
     tasks = {"sciq": {"acc": 0.625, "acc_stderr": 0.031, "documents": 400}}
     write_json(main.paths.evaluation(1) / "benchmarks.json", {"schema": 1, "tasks": tasks})
     usage = [{"schema": 1, "seconds": 1800.0, "ranks": 2, "peak_host_bytes": size} for size in (5_000_000, 7_000_000)]
@@ -240,6 +244,8 @@ def test_every_number_on_the_page_is_the_one_in_the_json(run: Path) -> None:
     assert shown["arms", "random", "decays", 0, "domain_loss", "noise"] == f"{5 - 0.6 - 0.25 + 1:.4f}"
     assert shown["arms", "bliss", "benchmarks", 0, "tasks", "sciq", "acc"] == "62.5%"
     assert shown["wall_s",] == "1:02:03"
+    measured = ("arms", "bliss", "fidelity", 0, "correlations", "scores_target")
+    assert [shown[*measured, key] for key in ("spearman", "low", "high")] == ["0.44", "0.37", "–"]
     assert not re.search(r"""(?:src|href)=["'](?:https?:)?//|<script|@import""", html)
     pictures = [attributes for tag, attributes in read.tags if tag == "svg"]
     assert len(pictures) >= 8

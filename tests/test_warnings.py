@@ -28,7 +28,22 @@ HEALTHY: dict[str, Any] = {
             "low": {"method": "perplexity", "test_loss": 2.9},
         }
     },
-    "arms": {"bliss": {"decays": [{"round": 1, "validation_loss": 3.3}, {"round": 2, "validation_loss": 3.35}]}},
+    "arms": {
+        "bliss": {
+            "decays": [{"round": 1, "validation_loss": 3.3}, {"round": 2, "validation_loss": 3.35}],
+            "fidelity": [
+                {
+                    "round": number,
+                    "sequences": 500,
+                    "correlations": {
+                        "scores_target": {"spearman": 0.05, "low": -0.04, "high": 0.14},  # may well be 0.1 or more
+                        "proxy_target": {"spearman": 0.3, "low": 0.21, "high": 0.38},
+                    },
+                }
+                for number in (1, 2)
+            ],
+        }
+    },
     "rounds": [
         {
             "round": number,
@@ -63,6 +78,11 @@ def deserve_domain(facts: dict[str, Any]) -> None:
     selection(facts)["domains"][0]["kept_share"] = 0.93
 
 
+def deserve_unfaithful(facts: dict[str, Any]) -> None:
+    found = facts["arms"]["bliss"]["fidelity"][1]["correlations"]
+    found["scores_target"] = {"spearman": -0.01, "low": -0.1, "high": 0.08}
+
+
 def deserve_kl(facts: dict[str, Any]) -> None:
     facts["rounds"][1]["bilevel"]["kl"][-5:] = [1.2] * 5
 
@@ -92,6 +112,12 @@ def deserve_contaminated(facts: dict[str, Any]) -> None:
     [
         (deserve_constant, "constant scores", 2, "percentile are 0 apart (guards.score_spread=0.001)"),
         (deserve_domain, "one domain", 2, "docs is 93% of what was kept in round 2, and 10% of what was offered"),
+        (
+            deserve_unfaithful,
+            "unfaithful scores",
+            2,
+            "is -0.01 (-0.10 to 0.08) over 500 sequences, below guards.fidelity=0.1",
+        ),
         (deserve_kl, "diverging KL", 2, "their KL grew from 0.51 to 1.2 (guards.kl_growth=2)"),
         (deserve_kl_without_a_number, "diverging KL", 2, "their KL is no longer a number"),
         (deserve_random, "no better than random", None, "its loss is 3.000, that of random 3.004"),
@@ -113,13 +139,22 @@ def test_each_warning_fires_on_what_deserves_it(
 def test_a_healthy_run_has_no_warning_nor_has_one_that_has_only_begun() -> None:
     assert warnings(HEALTHY) == []
     empty = [{"round": 1, "selection": None, "bilevel": None}]
-    begun = HEALTHY | {"result": None, "rounds": empty, "validation_sets": {}, "arms": {"bliss": {"decays": []}}}
+    begun = HEALTHY | {
+        "result": None,
+        "rounds": empty,
+        "validation_sets": {},
+        "arms": {"bliss": {"decays": [], "fidelity": []}},
+    }
     assert warnings(begun) == []
     assert warnings(HEALTHY | {"rounds": [empty[0] | {"selection": {"note": "scores are gone"}}]}) == []
+    constant = copy.deepcopy(HEALTHY)
+    unknown = {"spearman": None, "low": None, "high": None}
+    constant["arms"]["bliss"]["fidelity"][0]["correlations"]["scores_target"] = unknown
+    assert warnings(constant) == []
 
 
 def test_every_warning_is_tried_above() -> None:
-    assert len(WARNINGS) == 7
+    assert len(WARNINGS) == 8
 
 
 # --- validation text in the pool

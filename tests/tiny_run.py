@@ -12,6 +12,7 @@ from megatron_bliss.config import (
     DataConfig,
     DomainConfig,
     EvaluationConfig,
+    FidelityConfig,
     LaunchConfig,
     ModelConfig,
     ProxyConfig,
@@ -69,6 +70,7 @@ def tiny_config(folder: Path, *, control: bool = True, rounds: int = 2) -> Path:
             checkpoint_interval=3,
         ),
         evaluation=EvaluationConfig(decay_steps=3, max_sequences=32, curve=True),
+        fidelity=FidelityConfig(sequences=20),
         launch=LaunchConfig(concurrency=2, threads=1),
         controls=[ControlConfig(name="random", method="random", steps_factor=2)] if control else [],
     )  # fmt: skip

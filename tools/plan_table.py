@@ -17,7 +17,7 @@ from megatron_bliss.orchestration.cost import PoolSize, arm_costs, measure, quan
 from megatron_bliss.orchestration.memory import stage_memory
 from megatron_bliss.orchestration.plan import arms
 
-_ROUND = ("cache-target", "bilevel", "score", "pretrain", "evaluate")  # stages of a round that take a GPU
+_ROUND = ("cache-target", "bilevel", "score", "fidelity", "pretrain", "evaluate")  # stages of a round that take a GPU
 
 
 def main() -> None:

@@ -116,6 +116,14 @@ def bilevel(run_dir: RunOption, number: RoundOption) -> None:
     stage.run(run_dir, number)
 
 
+@_stage("fidelity", listens=True)
+def fidelity(run_dir: RunOption, number: RoundOption) -> None:
+    """Measure whether what helps the proxy, and what scores highest, helps the LLM."""
+    from megatron_bliss.stages import fidelity as stage
+
+    stage.run(run_dir, number)
+
+
 @_stage("score", listens=True)
 def score(run_dir: RunOption, number: RoundOption) -> None:
     """Score every sequence of the round's slice."""

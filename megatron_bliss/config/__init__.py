@@ -11,7 +11,14 @@ from megatron_bliss.config.files import differences, load_config, load_online_co
 from megatron_bliss.config.guards import GuardsConfig
 from megatron_bliss.config.launch import JobConfig, LaunchConfig, SlurmConfig
 from megatron_bliss.config.methods import BILEVEL_PRESETS, BilevelConfig, DsirConfig, MatesConfig, PerplexityConfig
-from megatron_bliss.config.models import EvaluationConfig, ModelConfig, ProxyConfig, TargetConfig, WarmupConfig
+from megatron_bliss.config.models import (
+    EvaluationConfig,
+    FidelityConfig,
+    ModelConfig,
+    ProxyConfig,
+    TargetConfig,
+    WarmupConfig,
+)
 from megatron_bliss.config.online import OnlineConfig
 from megatron_bliss.config.run import ControlConfig, RunConfig, proxy_run, warmup_run
 from megatron_bliss.config.selection import QuotaConfig, ScoringConfig, SelectionConfig
@@ -26,6 +33,7 @@ __all__ = [
     "DomainConfig",
     "DsirConfig",
     "EvaluationConfig",
+    "FidelityConfig",
     "GuardsConfig",
     "JobConfig",
     "LaunchConfig",

@@ -29,7 +29,7 @@ class SlurmConfig:
     side: JobConfig = field(default_factory=JobConfig)  # the proxy's warm-up, the bilevel loop, influence
     score: JobConfig = field(default_factory=JobConfig)
     pretrain: JobConfig = field(default_factory=JobConfig)
-    evaluate: JobConfig = field(default_factory=JobConfig)  # and cache-target
+    evaluate: JobConfig = field(default_factory=JobConfig)  # cache-target and fidelity as well
     stop_margin: int | None = None  # seconds before the time limit at which a stage is asked to stop
     is_shared: bool = False  # all nodes see the run's directory, though its file system looks like this host's own
 

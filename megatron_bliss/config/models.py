@@ -1,6 +1,7 @@
 """The LLM, the proxy, their warm-up and how the LLM is measured."""
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from omegaconf import MISSING
 
@@ -38,6 +39,11 @@ class TargetConfig:
     script: str | None = None  # path of your pretrain_gpt.py; None: the one in this package, which does the same
     extra_args: list[str] = field(default_factory=list)  # further Megatron flags, word by word
 
+    @property
+    def recomputes(self) -> bool:
+        """Whether its flags ask for all activations to be made again in the backward pass."""
+        return ("--recompute-granularity", "full") in pairwise(self.extra_args)
+
 
 @dataclass
 class ProxyConfig:
@@ -61,6 +67,15 @@ class WarmupConfig:
     proxy_lr: float = 1e-3
     start_from: str | None = None  # another run's directory whose warm-up is used instead
     own_proxy: bool = False  # with start_from: the LLM's warm-up is that run's, the proxy is warmed up here
+
+
+@dataclass
+class FidelityConfig:
+    """Whether what helps the proxy helps the LLM, and whether the scores know it: measured in each round, as rank
+    correlations over a sample (`stages/fidelity.py`). Nothing else depends on it, so it may be changed in a run that
+    was started, and turned off where the LLM's gradient takes too much memory."""
+
+    sequences: int = 500  # of the round's slice, and of each validation set, at most; 0: no such stage
 
 
 @dataclass

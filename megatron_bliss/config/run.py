@@ -11,7 +11,7 @@ from megatron_bliss.config.data import DataConfig
 from megatron_bliss.config.guards import GuardsConfig
 from megatron_bliss.config.launch import LaunchConfig
 from megatron_bliss.config.methods import BilevelConfig, DsirConfig, MatesConfig, PerplexityConfig
-from megatron_bliss.config.models import EvaluationConfig, ProxyConfig, TargetConfig, WarmupConfig
+from megatron_bliss.config.models import EvaluationConfig, FidelityConfig, ProxyConfig, TargetConfig, WarmupConfig
 from megatron_bliss.config.online import OnlineConfig
 from megatron_bliss.config.selection import ScoringConfig, SelectionConfig
 from megatron_bliss.config.tracking import TrackingConfig
@@ -46,6 +46,7 @@ class RunConfig:
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
     selection: SelectionConfig = field(default_factory=SelectionConfig)
     online: OnlineConfig = field(default_factory=OnlineConfig)
+    fidelity: FidelityConfig = field(default_factory=FidelityConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     guards: GuardsConfig = field(default_factory=GuardsConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)

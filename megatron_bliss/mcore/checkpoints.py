@@ -121,17 +121,20 @@ def load_backbone(directory: Path, score_model: torch.nn.Module) -> None:
     load_model(directory, score_model, without="score_head.")
 
 
-def load_target(directory: Path, context: ParallelContext, model: ModelConfig, vocab_size: int) -> GPTModel:
+def load_target(
+    directory: Path, context: ParallelContext, model: ModelConfig, vocab_size: int, recompute: bool = False
+) -> GPTModel:
     """The LLM as `pretrain()` saved it at any tensor- and pipeline-parallel size, or this rank's pipeline stage of it:
     frozen, in eval mode.
 
     :param directory: where pretrain() saves, or one of its iter_… directories.
     :param vocab_size: of the tokenizer, before padding.
+    :param recompute: as for `build_language_model`, once gradients are asked for and it is in training mode.
     :raises UserError: if the checkpoint is of another architecture or vocabulary.
     """
     path = find(directory)
     _check_architecture(path, model, vocab_size)
-    target = build_language_model(model, vocab_size, context).requires_grad_(False).eval()
+    target = build_language_model(model, vocab_size, context, recompute).requires_grad_(False).eval()
     with _only_data(path):
         check_parameters(dist_checkpointing.load_tensors_metadata(str(path)), target, path)
     _load_parameters(target, _read({MODEL: target.sharded_state_dict()}, path)[MODEL], "")

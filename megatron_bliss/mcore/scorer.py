@@ -111,26 +111,44 @@ class Pass:
         :param on_progress: called after each batch with the positions done so far on all ranks, about, without and
             with padding.
         """
-        context = self.context
-        windows = Windows.of(sequences.lengths, self.sequence_length, self.batch_tokens, context.length_multiple)
-        mine = windows.batches[context.dp_rank :: context.dp_size]
+        context, windows = self.context, self._windows(sequences)
         # every window has a place of its own: no sum depends on who did what
         result = torch.zeros(len(windows.owners), 2, dtype=torch.float64, device=context.device)
-        to_device = methodcaller("to", context.device, non_blocking=True)
         done = padded = 0
-        with self._failing_together(), closing(read_ahead(self._load(sequences, windows, mine))) as batches:
-            for members, (places, batch) in zip(mine, batches, strict=True):
-                result[to_device(places)] = measure(_each(batch, to_device)).double()
-                done += int(windows.positions[members].sum()) * context.dp_size
-                padded += batch.tokens.numel() * context.dp_size
-                if on_progress is not None:
-                    on_progress(done, padded)
+
+        def note(members: np.ndarray, places: Tensor, batch: Batch) -> None:
+            nonlocal done, padded
+            result[places] = measure(batch).double()
+            done += int(windows.positions[members].sum()) * context.dp_size
+            padded += batch.tokens.numel() * context.dp_size
+            if on_progress is not None:
+                on_progress(done, padded)
+
+        self._go_through(sequences, windows, note)
         if context.dp_size > 1:
             dist.all_reduce(result, group=context.dp_group)
         measured = result.cpu().numpy()
         totals = np.zeros((len(sequences.lengths), 2))
         np.add.at(totals, windows.owners, measured)
         return totals
+
+    def each(self, sequences: Sequences, act: Callable[[Batch], None]) -> None:
+        """Call `act` with each of this rank's batches, gradients enabled as they are. All ranks call it."""
+        self._go_through(sequences, self._windows(sequences), lambda _, __, batch: act(batch))
+
+    def _windows(self, sequences: Sequences) -> Windows:
+        multiple = self.context.length_multiple
+        return Windows.of(sequences.lengths, self.sequence_length, self.batch_tokens, multiple)
+
+    def _go_through(
+        self, sequences: Sequences, windows: Windows, act: Callable[[np.ndarray, Tensor, Batch], None]
+    ) -> None:
+        """:param act: is called with a batch on this rank's device, the windows in it, and these on the device."""
+        mine = windows.batches[self.context.dp_rank :: self.context.dp_size]
+        to_device = methodcaller("to", self.context.device, non_blocking=True)
+        with self._failing_together(), closing(read_ahead(self._load(sequences, windows, mine))) as batches:
+            for members, (places, batch) in zip(mine, batches, strict=True):
+                act(members, to_device(places), _each(batch, to_device))
 
     def _failing_together(self) -> AbstractContextManager[None]:
         """Tensor-parallel ranks read the same and fail at the same place; data-parallel ones would wait for ever."""

@@ -42,14 +42,8 @@ class MegatronSpace(ParameterSpace):
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._ranges = [self._range(parameter) for parameter in parameters]
         self.held = [self._held(parameter) for parameter in parameters]
-        super().__init__(
-            parameters,
-            is_sharded=[bool(getattr(parameter, "tensor_model_parallel", False)) for parameter in parameters],
-            needs_tp_sum=[bool(getattr(parameter, "sequence_parallel", False)) for parameter in parameters],
-            tp_group=context.tp_group if context.tp_size > 1 else None,
-            dp_group=context.dp_group if context.dp_size > 1 else None,
-            masters=[parameter.data for parameter in self.held],
-        )
+        masters = [parameter.data for parameter in self.held]
+        super().__init__(parameters, **_layout(parameters, context), masters=masters)
 
     def optimizer(self, adam: AdamSettings) -> Optimizer:
         return Optimizer(self, self._wrapper.optimizer, self.held, adam)
@@ -131,6 +125,23 @@ class MegatronSpace(ParameterSpace):
     def _count_once(self, parts: Tensor) -> Tensor:
         total = super()._count_once(parts)
         return group_sum_(total, self.dp_group) if self.is_shared_out else total
+
+
+def plain_space(model: torch.nn.Module, context: ParallelContext) -> ParameterSpace:
+    """The trainable parameters of a model that is not trained: without optimizer, gradient buffers and masters."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    masters = [parameter.data for parameter in parameters]
+    return ParameterSpace(parameters, **_layout(parameters, context), masters=masters)
+
+
+def _layout(parameters: list[torch.nn.Parameter], context: ParallelContext) -> dict[str, Any]:
+    """How parameters lie on the ranks."""
+    return {
+        "is_sharded": [bool(getattr(parameter, "tensor_model_parallel", False)) for parameter in parameters],
+        "needs_tp_sum": [bool(getattr(parameter, "sequence_parallel", False)) for parameter in parameters],
+        "tp_group": context.tp_group if context.tp_size > 1 else None,
+        "dp_group": context.dp_group if context.dp_size > 1 else None,
+    }
 
 
 class _Accumulator(list[Tensor]):

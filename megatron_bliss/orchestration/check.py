@@ -81,6 +81,8 @@ def _check_selection(arm: Arm, trains_proxy: bool, ranks: Ranks) -> None:
         _check_proxy(arm.config, trains_proxy or arm.config.warmup.own_proxy, ranks)
     if arm.method.learns == "bilevel":
         _check_bilevel(arm.config, ranks)
+    if arm.measures_fidelity:
+        _check_fidelity(arm.config, ranks)
     if arm.method.learns == "influence":
         _check_shared(arm.config, "mates.fit_batch_size", arm.config.mates.fit_batch_size, ranks)
     if arm.method.learns == "ngrams":
@@ -95,6 +97,16 @@ def _check_proxy(config: RunConfig, trains_proxy: bool, ranks: Ranks) -> None:
         if config.warmup.proxy_steps == 0:
             raise UserError("warmup.proxy_steps is 0, but a method scores by the proxy: set it above 0")
         _check_shared(config, "warmup.proxy_batch_size", config.warmup.proxy_batch_size, ranks)
+
+
+def _check_fidelity(config: RunConfig, ranks: Ranks) -> None:
+    for name in ("pipeline_parallel", "context_parallel"):
+        if (value := getattr(config.target, name)) > 1:
+            raise UserError(
+                f"target.{name} is {value}: the stage fidelity takes gradients of the LLM under tensor and data "
+                "parallelism only; set fidelity.sequences to 0 to do without it"
+            )
+    _check_multiple(ranks.target_name, ranks.target, config.proxy.tensor_parallel, "proxy.tensor_parallel (fidelity)")
 
 
 def _check_words(config: RunConfig) -> None:

@@ -19,6 +19,7 @@ from megatron_bliss.errors import UserError
 from megatron_bliss.mcore.architectures import resolve
 from megatron_bliss.orchestration.check import check
 from megatron_bliss.orchestration.flops import (
+    FORWARD,
     TRAINING,
     Passes,
     bilevel_flops_per_step,
@@ -132,6 +133,8 @@ def arm_costs(arm: Arm, pool: PoolSize | None) -> dict[str, Cost]:
             costs[arm.stage_name("cache-target", number)] = _cache_target(config)
         if arm.method.scored_by != "none":
             costs[arm.stage_name("score", number)] = _score(arm, pool, offered)
+        if arm.measures_fidelity:
+            costs[arm.stage_name("fidelity", number)] = _fidelity(config, offered)
         costs[arm.stage_name("select", number)] = _select(pool, offered, share)
         costs[arm.stage_name("prepare", number)] = _prepare(config, offered, share, config.round_steps)
         training = _pretrain(config, config.round_steps)
@@ -179,7 +182,7 @@ def _cache_target(config: RunConfig) -> Cost:
     sequences = bilevel.outer_steps * bilevel.batch_size
     tokens = sequences * config.data.sequence_length
     disk = tokens * bytes_per_token(bilevel.kl_top_k, config.data.tokenizer.vocab_size)
-    return Cost(sequences, tokens, tokens * target_flops(config), disk)
+    return Cost(sequences, tokens, tokens * target_flops(config, FORWARD), disk)
 
 
 def _influence(config: RunConfig, offered: PoolSize | None) -> Cost:
@@ -202,6 +205,17 @@ def _fit_influence(config: RunConfig, offered: PoolSize | None) -> Cost:
 def _sample_size(config: RunConfig, offered: PoolSize | None) -> int:
     """Sequences that are probed in a round: no more than it is offered."""
     return min(config.mates.sample_size, offered.num_sequences) if offered else config.mates.sample_size
+
+
+def _fidelity(config: RunConfig, offered: PoolSize | None) -> Cost:
+    """The gradient on a sample of the validation sets, and two passes over one of the slice, for each of two models."""
+    most, length = config.fidelity.sequences, config.data.sequence_length
+    sample = min(most, offered.num_sequences) if offered else most
+    validation = most * len(config.data.validation_prefixes)
+    passes = Passes(2 * sample, 0) + TRAINING * validation
+    flops = length * (proxy_flops(config, passes) + target_flops(config, passes))
+    sequences = 2 * (2 * sample + validation)
+    return Cost(sequences, sequences * length, flops, 2 * 8 * sample)
 
 
 def _ngrams(config: RunConfig, offered: PoolSize | None) -> Cost:
@@ -259,7 +273,7 @@ def _evaluate(config: RunConfig) -> Cost:
     sequences = evaluation.decay_steps * config.target.global_batch_size + measured * sum(sets)
     length = config.data.sequence_length
     flops = evaluation.decay_steps * target_flops_per_step(config)
-    flops += measured * sum(sets) * length * target_flops(config)
+    flops += measured * sum(sets) * length * target_flops(config, FORWARD)
     num_checkpoints = -(-evaluation.decay_steps // config.target.save_interval)
     return Cost(sequences, sequences * length, flops, num_checkpoints * _checkpoint_bytes(config, proxy=False))
 

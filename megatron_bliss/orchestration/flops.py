@@ -22,7 +22,7 @@ class Passes:
         return Passes(self.forward * times, self.backward * times)
 
 
-TRAINING = Passes(1, 1)
+FORWARD, TRAINING = Passes(1, 0), Passes(1, 1)
 # A curvature product alone, and with gradient and g_i (`Curvature.evaluate`). Through a second backward pass go as many
 # as through forward, backward and backward through the two.
 _PRODUCT = {
@@ -42,11 +42,13 @@ def proxy_flops(config: RunConfig, passes: Passes, has_output: bool = True) -> f
     return (passes.forward + 2 * passes.backward) * (blocks + output) + again
 
 
-def target_flops(config: RunConfig) -> float:
-    """A token through the LLM, forward, where it is not trained."""
+def target_flops(config: RunConfig, passes: Passes) -> float:
+    """A token of the LLM where it is not trained."""
     architecture, data = resolve(config.target.model), config.data
     blocks = architecture.block_flops_per_token(data.sequence_length)
-    return blocks + architecture.output_flops_per_token(data.tokenizer.vocab_size)
+    output = architecture.output_flops_per_token(data.tokenizer.vocab_size)
+    again = passes.backward * blocks if config.target.recomputes else 0.0
+    return (passes.forward + 2 * passes.backward) * (blocks + output) + again
 
 
 def target_training_flops(config: RunConfig) -> float:
@@ -54,19 +56,13 @@ def target_training_flops(config: RunConfig) -> float:
     architecture, data = resolve(config.target.model), config.data
     blocks = architecture.block_flops_per_token(data.sequence_length, attention_is_fused(config))
     output = architecture.output_flops_per_token(data.tokenizer.vocab_size)
-    return (4 if recomputes_target(config) else 3) * blocks + 3 * output
+    return (4 if config.target.recomputes else 3) * blocks + 3 * output
 
 
 def attention_is_fused(config: RunConfig) -> bool:
     """Whether the LLM's attention is one kernel: always, unless its flags ask for Megatron's local layers."""
     words = config.target.extra_args
     return ("--transformer-impl", "local") not in pairwise(words)
-
-
-def recomputes_target(config: RunConfig) -> bool:
-    """Whether the LLM's flags ask for all activations to be made again in the backward pass."""
-    words = config.target.extra_args
-    return ("--recompute-granularity", "full") in pairwise(words)
 
 
 def bilevel_flops_per_step(config: RunConfig) -> float:
@@ -96,7 +92,7 @@ def _flops_of_step(config: RunConfig) -> float:
     a_token = (
         proxy_flops(config, passes)
         + proxy_flops(config, Passes(2, 1), has_output=False)  # weights, then the score model's own step
-        + target_flops(config) * _target_passes(config)
+        + target_flops(config, FORWARD * _target_passes(config))
     )
     pool = bilevel.batch_size * length * a_token
     return pool + validation_batch(config) * length * proxy_flops(config, TRAINING)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from megatron_bliss.config import ModelConfig, RunConfig
 from megatron_bliss.mcore.architectures import Architecture, padded_vocab_size, resolve
-from megatron_bliss.orchestration.flops import attention_is_fused, recomputes_target
+from megatron_bliss.orchestration.flops import attention_is_fused
 
 GPU_CHUNK = 1 << 24  # logits that losses hold in float32 at a time (mcore/losses.py)
 _FLOAT = 4  # bytes
@@ -133,6 +133,7 @@ def stage_memory(config: RunConfig, command: str, chunk: int = GPU_CHUNK) -> Pea
         "influence": lambda: _influence(config),
         "fit-influence": lambda: _fit_influence(config),
         "score": lambda: _score(config),
+        "fidelity": lambda: _fidelity(config),
     }
     if command not in known or (command == "score" and config.method == "dsir"):
         return None
@@ -153,7 +154,7 @@ def _target(config: RunConfig) -> _Model:
     target = config.target
     return _Model(
         resolve(target.model), _size(target.model), config.data.tokenizer.vocab_size, config.data.sequence_length,
-        target.tensor_parallel, target.pipeline_parallel, target.sequence_parallel, recomputes_target(config),
+        target.tensor_parallel, target.pipeline_parallel, target.sequence_parallel, target.recomputes,
         attention_is_fused(config),
     )  # fmt: skip
 
@@ -183,6 +184,16 @@ def _influence(config: RunConfig) -> Peak:
     tokens = config.bilevel.micro_batch_size * length
     judged = proxy.forward(tokens) + _loss(proxy, tokens)
     return stays + max(step, judged, key=lambda moment: moment.total)
+
+
+def _fidelity(config: RunConfig) -> Peak:
+    """The LLM's gradient, or a pass beside a copy of its parameters; the proxy takes less."""
+    model = replace(_target(config), is_fused=True)
+    tokens = config.target.micro_batch_size * config.data.sequence_length
+    gradient = Peak(gradients=model.size * model.numel) + model.graph(tokens)
+    displaced = model.parameters() + model.forward(tokens)
+    stays = model.parameters() + Peak(vectors=_FLOAT * model.numel) + _loss(model, tokens)
+    return stays + max(gradient, displaced, key=lambda moment: moment.total)
 
 
 def _fit_influence(config: RunConfig) -> Peak:

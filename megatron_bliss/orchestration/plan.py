@@ -40,6 +40,11 @@ class Arm:
         name = self.stage_name("warmup-proxy") if self.config.warmup.own_proxy else "warmup-proxy"
         return name, proxy_run(self.config, self.paths).warmup_proxy
 
+    @property
+    def measures_fidelity(self) -> bool:
+        """Whether its score model and proxy are compared with the LLM."""
+        return self.method.scored_by == "score_model" and self.config.fidelity.sequences > 0
+
     def target_checkpoint(self, round_number: int) -> Path:
         """The target at the end of a round; round 0 is the warm-up."""
         if round_number == 0:
@@ -102,7 +107,7 @@ def plan(config: RunConfig, run_dir: Path) -> list[Stage]:
             stages.append(_warmup_proxy(arm))
         for number in range(1, config.rounds + 1):
             stages += _round(arm, number, {stage.name for stage in stages})
-    stages.append(_report(main, [stage for stage in stages if stage.command[0] == "evaluate"]))
+    stages.append(_report(main, [stage for stage in stages if stage.command[0] in ("evaluate", "fidelity")]))
     known = {stage.name for stage in stages}  # what belongs to the run that a warm-up is taken from is not among them
     return [replace(stage, needs=tuple(name for name in stage.needs if name in known)) for stage in stages]
 
@@ -233,6 +238,11 @@ def _round(arm: Arm, number: int, earlier: set[str]) -> list[Stage]:
         stages.append(_stage(arm, "score", needs=needs, inputs=inputs, output=scores, round_number=number))
         select_needs.append(arm.stage_name("score", number))
         select_inputs += [scores, paths.guard(number)]
+        if arm.measures_fidelity and target:
+            needs = [*needs, warmup_proxy, *after_target, stages[-1].name]
+            inputs = [inventory_file, proxy, model, scores, *target]
+            output = paths.fidelity(number) / "results.json"
+            stages.append(_stage(arm, "fidelity", needs=needs, inputs=inputs, output=output, round_number=number))
     if arm.config.selection.pool == "all" and not method.takes_all:  # what those before have taken is left out
         select_needs.append(arm.stage_name("select", number - 1) if number > 1 else "warmup-select")
         select_inputs += [arm.warmup.warmup_selection, *map(paths.selection, range(1, number))]
@@ -269,15 +279,15 @@ def _round(arm: Arm, number: int, earlier: set[str]) -> list[Stage]:
     return stages
 
 
-def _report(arm: Arm, evaluations: list[Stage]) -> Stage:
+def _report(arm: Arm, measured: list[Stage]) -> Stage:
     root = arm.paths.root
     return Stage(
         name="report",
         run_dir=root,
         command=("report", str(root)),
         num_ranks=1,
-        needs=tuple(stage.name for stage in evaluations),
-        inputs=tuple(path for stage in evaluations for path in stage.outputs),
+        needs=tuple(stage.name for stage in measured),
+        inputs=tuple(path for stage in measured for path in stage.outputs),
         outputs=(arm.paths.report, root / "result.json"),
     )
 

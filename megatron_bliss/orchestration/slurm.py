@@ -23,7 +23,7 @@ from megatron_bliss.orchestration.slurm_queue import Job
 _SCRIPTS = {"warmup-select": "select", "warmup-proxy": "bilevel", "warmup-target": "pretrain"}
 _KINDS = {
     **dict.fromkeys(("bilevel", "influence", "fit-influence"), "side"),
-    **dict.fromkeys(("evaluate", "cache-target"), "evaluate"),
+    **dict.fromkeys(("evaluate", "cache-target", "fidelity"), "evaluate"),
     "score": "score",
     "pretrain": "pretrain",
 }

@@ -175,8 +175,8 @@ def prepare(config: RunConfig, run_dir: Path) -> None:
     """Write `run.yaml` of the run and of its control arms, or make sure that they say what they said before.
 
     How stages are launched (`launch.*`) and where curves go (`tracking.*`) is not what a run is, and may change; guards
-    (`guards.*`) and `launch.mode` may, for stages that are still to be done. Control arms may be added, and those left
-    out are no longer looked at: none of them depends on another.
+    (`guards.*`), `fidelity.*` and `launch.mode` may, for stages that are still to be done. Control arms may be added,
+    and those left out are no longer looked at: none of them depends on another.
 
     :raises UserError: naming every other setting that changed, or an output that is not what its stage wrote: called
         again, a stage would take it for its own and leave it.
@@ -203,7 +203,7 @@ def prepare(config: RunConfig, run_dir: Path) -> None:
 def _is_to_be_saved(arm: Arm) -> bool:
     """Whether a setting that may change has, and stages read it."""
     before, after = (
-        (each.controls, each.guards, each.tracking, each.launch.mode)
+        (each.controls, each.guards, each.fidelity, each.tracking, each.launch.mode)
         for each in (read_saved_config(arm.paths.config), arm.config)
     )
     return before != after
@@ -215,7 +215,14 @@ def _changed_settings(arm: Arm) -> list[str]:
         return []
     saved = read_saved_config(arm.paths.config)
     now = arm.config
-    changeable = replace(saved, launch=now.launch, tracking=now.tracking, controls=now.controls, guards=now.guards)
+    changeable = replace(
+        saved,
+        launch=now.launch,
+        tracking=now.tracking,
+        controls=now.controls,
+        guards=now.guards,
+        fidelity=now.fidelity,
+    )
     return differences(changeable, now)
 
 

@@ -45,6 +45,7 @@ class RoundFiles:
     influence_correlation: float | None  # of `mates`: predicted with measured, of sequences that were held out
     target: dict[str, int] | None  # the checkpoint that the score model learned with: iteration, staleness in steps
     benchmarks: dict[str, dict[str, float | None]]  # by task, as in evaluation/benchmarks.json
+    fidelity: dict[str, Any] | None  # as in fidelity/results.json
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,9 @@ def _round(paths: RunPaths, number: int) -> RoundFiles:
     measured = paths.evaluation(number) / "benchmarks.json"
     benchmarks = read_json(measured)["tasks"] if measured.exists() else {}
     metrics = _metrics(bilevel), _metrics(training)
-    return RoundFiles(number, decay, curve, kept, *metrics, correlation, target, benchmarks)
+    faithful = paths.fidelity(number) / "results.json"
+    fidelity = read_json(faithful) if faithful.exists() else None
+    return RoundFiles(number, decay, curve, kept, *metrics, correlation, target, benchmarks, fidelity)
 
 
 def _kept(directory: Path) -> dict[str, Counts]:

@@ -77,7 +77,13 @@ def _arm(files: ArmFiles) -> dict[str, Any]:
             {"round": entry.number, "tasks": entry.benchmarks} for entry in files.rounds if entry.benchmarks
         ],
         "kept": [_kept(entry) for entry in files.rounds if entry.kept],
+        "fidelity": [_fidelity(entry.number, entry.fidelity) for entry in files.rounds if entry.fidelity],
     }
+
+
+def _fidelity(number: int, found: dict[str, Any]) -> dict[str, Any]:
+    """What `fidelity/results.json` of a round says."""
+    return {"round": number} | {key: found[key] for key in ("iteration", "sequences", "correlations")}
 
 
 def _point(point: Point) -> dict[str, Any]:

@@ -23,6 +23,7 @@ _PARTS = {
     "fit-influence": "selection: influence",
     "ngrams": "selection: scoring",
     "score": "selection: scoring",
+    "fidelity": "measuring fidelity",
     "inventory": _SELECTING,
     "warmup-select": _SELECTING,
     "select": _SELECTING,

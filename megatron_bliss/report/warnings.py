@@ -49,6 +49,21 @@ def one_domain(facts: Facts) -> Found:
                 )
 
 
+def unfaithful_scores(facts: Facts) -> Found:
+    limit = facts["guards"]["fidelity"]
+    for entry in facts["arms"][facts["main_arm"]]["fidelity"]:
+        scores, proxy = (entry["correlations"][name] for name in ("scores_target", "proxy_target"))
+        if scores["high"] is not None and scores["high"] < limit:
+            yield (
+                entry["round"],
+                f"The scores of round {entry['round']} hardly rank what helps the LLM: their rank correlation with it "
+                f"is {_with_interval(scores)} over {entry['sequences']} sequences, below guards.fidelity={limit:g}. "
+                f"The proxy's own is {_with_interval(proxy)}: if that is low as well, a larger proxy or a longer "
+                "warm-up may stand for the LLM better; if not, the score model has learned too little "
+                "(bilevel.outer_steps, mates.sample_size).",
+            )
+
+
 def diverging_kl(facts: Facts) -> Found:
     limit = facts["guards"]["kl_growth"]
     for entry in facts["rounds"]:
@@ -121,6 +136,12 @@ def contaminated_validation_set(facts: Facts) -> Found:
             )
 
 
+def _with_interval(correlation: dict[str, float | None]) -> str:
+    if correlation["spearman"] is None or correlation["low"] is None:
+        return "not known"
+    return f"{correlation['spearman']:.2f} ({correlation['low']:.2f} to {correlation['high']:.2f})"
+
+
 def _selections(facts: Facts) -> Iterator[tuple[int, dict[str, Any]]]:
     for entry in facts["rounds"]:
         if entry["selection"]:
@@ -130,6 +151,7 @@ def _selections(facts: Facts) -> Iterator[tuple[int, dict[str, Any]]]:
 WARNINGS: dict[str, Callable[[Facts], Found]] = {
     "constant scores": constant_scores,
     "one domain": one_domain,
+    "unfaithful scores": unfaithful_scores,
     "diverging KL": diverging_kl,
     "no better than random": no_better_than_random,
     "rising loss": rising_loss,

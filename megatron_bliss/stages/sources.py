@@ -41,8 +41,12 @@ def resume(stage: str, directory: Path, sources: Mapping[str, str], is_first: bo
 
 def target_checkpoint(paths: RunPaths, config: RunConfig, round_number: int) -> Path:
     """The LLM that a round's selection is made with: the iter_… directory of its pinned iteration."""
-    iteration, warmup_end = target_iteration(paths, config, round_number), config.round_end(0)
-    directory = paths.target if iteration > warmup_end else warmup_run(config, paths).warmup_target
+    return target_at(paths, config, target_iteration(paths, config, round_number))
+
+
+def target_at(paths: RunPaths, config: RunConfig, iteration: int) -> Path:
+    """The LLM's iter_… directory at an iteration."""
+    directory = paths.target if iteration > config.round_end(0) else warmup_run(config, paths).warmup_target
     return checkpoint_files.iteration_path(directory, iteration)
 
 
