@@ -11,6 +11,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from megatron_bliss.errors import UserError
+from megatron_bliss.wording import counted
 
 METHODS = ("bliss", "mates", "dsir", "perplexity", "random", "all")
 WITHOUT_SCORES = ("random", "all")  # of the methods
@@ -182,8 +183,9 @@ def _check_pool_lasts(settings: Any) -> None:
         taken += warmup.fraction / (settings.rounds + 1)
     if taken > selection.max_repeats + 1e-9:
         raise UserError(
-            f"{settings.rounds} rounds of selection.fraction={selection.fraction} and the warm-up take {taken:.3g} "
-            f"times the pool, and selection.max_repeats is {selection.max_repeats}; raise it, or lower the fraction"
+            f"{counted(settings.rounds, 'round')} of selection.fraction={selection.fraction} and the warm-up take "
+            f"{taken:.3g} times the pool, and selection.max_repeats is {selection.max_repeats}; raise it, or lower the "
+            "fraction"
         )
 
 

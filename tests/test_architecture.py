@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "megatron_bliss"
 # From the bottom up. Whatever stands in the package and is not listed here (cli, hooks.py, ...) is at the top.
 LAYERS = [
-    ("errors", "stopping"),
+    ("errors", "stopping", "wording"),
     ("artifacts", "settings_check"),
     ("config", "progress"),
     ("tracking",),

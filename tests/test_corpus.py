@@ -127,7 +127,7 @@ def test_empty_documents_are_left_out_and_counted(tmp_path: Path, tokenizer: Tok
 
 @pytest.mark.parametrize(
     ("texts", "cutting", "message"),
-    [([], Cutting(), "no documents"), (["", ""], Cutting(), "2 documents are empty"),
+    [([], Cutting(), "no documents"), (["", ""], Cutting(), "no text in 2 documents"),
      (["a"], Cutting(40, 30), "shorter than 30")],
 )  # fmt: skip
 def test_nothing_to_write_is_an_error(

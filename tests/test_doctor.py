@@ -56,7 +56,7 @@ def test_a_complete_machine_has_no_gap() -> None:
         ({"nccl": None}, "NCCL", "broken", "torch"),
         ({"gpus": ()}, "GPUs", "broken", "CUDA_VISIBLE_DEVICES=-1"),
         ({"gpus": (), "hides_gpus": True}, "GPUs", "gap", "none; 96 CPU cores"),
-        ({"gpus": (), "has_nvidia_device": False, "cores": 2}, "ranks", "gap", "8 ranks × 1 stages on 2 cores"),
+        ({"gpus": (), "has_nvidia_device": False, "cores": 2}, "ranks", "gap", "8 ranks × 1 stage on 2 cores"),
         ({"import_errors": {}}, "Transformer Engine", "gap", "pip install"),
         ({"import_errors": {"Transformer Engine": None}}, "Apex", "gap", "--cuda_ext"),
         ({"slurm": None}, "Slurm", "gap", "this machine only"),
@@ -265,7 +265,7 @@ def test_what_is_noted_beside_a_shard_is_believed(
     (tmp_path / "a.json").write_text(json.dumps(note))
     found = named(look(config), "shards and tokenizer")
     assert found.status == "broken"
-    assert "1 shards were made with another tokenizer" in found.value
+    assert "made with another tokenizer: 1 shard, such as" in found.value
 
 
 def test_documents_without_an_end_are_a_gap(

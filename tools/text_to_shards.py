@@ -19,6 +19,7 @@ from megatron_bliss.data.documents import Corpus, corpus_from_files
 from megatron_bliss.data.tokenizers import Tokenizer, load_tokenizer, train_sentencepiece
 from megatron_bliss.data.validation import build_pairs
 from megatron_bliss.errors import UserError, user_errors
+from megatron_bliss.wording import counted
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -90,7 +91,10 @@ def main() -> None:
             for corpus in corpora:
                 prefix = arguments.out / corpus.name
                 summary = ensure_shard(corpus, prefix, encoder, cutting)
-                print(f"{prefix}: {summary.num_sequences} sequences, {summary.num_tokens} tokens", flush=True)
+                print(
+                    f"{prefix}: {counted(summary.num_sequences, 'sequence')}, {counted(summary.num_tokens, 'token')}",
+                    flush=True,
+                )
 
 
 def build_all_pairs(arguments: argparse.Namespace, grouped: dict[str, list[Path]]) -> None:

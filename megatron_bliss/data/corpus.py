@@ -21,6 +21,7 @@ from megatron_bliss.data.shards import ShardWriter, token_dtype
 from megatron_bliss.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_bliss.errors import UserError
 from megatron_bliss.progress import Progress
+from megatron_bliss.wording import counted
 
 _BATCH_CHARACTERS = 1 << 18  # of text sent to a worker at once
 _BATCHES_AHEAD = 4  # a worker, so that reading never runs far ahead of writing
@@ -171,8 +172,8 @@ def build_shard(corpus: Corpus, prefix: str | Path, encoder: Encoder, cutting: C
     progress.report(progress.total, counts["num_tokens"])
     if counts["num_dropped_sequences"]:
         print(
-            f"{corpus.name}: dropped {counts['num_dropped_sequences']} sequences shorter than {cutting.min_tokens} "
-            f"tokens, {counts['num_dropped_tokens']} tokens in all",
+            f"{corpus.name}: dropped {counted(counts['num_dropped_sequences'], 'sequence')} shorter than "
+            f"{cutting.min_tokens} tokens, {counted(counts['num_dropped_tokens'], 'token')} in all",
             flush=True,
         )
     digests = [digest_file(Path(f"{prefix}{suffix}")) for suffix in (".idx", ".bin")]
@@ -188,7 +189,7 @@ def _nothing(name: str, counts: dict[str, int], cutting: Cutting) -> str:
     if counts["num_dropped_sequences"]:
         return f"{name}: every sequence is shorter than {cutting.min_tokens} tokens; lower --min-tokens"
     if counts["num_empty_documents"]:
-        return f"{name}: all {counts['num_empty_documents']} documents are empty; check the field or column"
+        return f"{name}: no text in {counted(counts['num_empty_documents'], 'document')}; check the field or column"
     return f"{name}: the input has no documents; check the path"
 
 

@@ -15,6 +15,7 @@ from megatron_bliss.data.deduplicate import deduplicate
 from megatron_bliss.data.documents import Corpus, corpus_from_texts, read_documents
 from megatron_bliss.data.tokenizers import Tokenizer, train_sentencepiece
 from megatron_bliss.errors import UserError
+from megatron_bliss.wording import counted
 
 _TOKENIZER_CHARACTERS = 5_000_000  # of the pool, at most, that the tokenizer is trained on
 _SMALLEST_VOCABULARY = 512  # pieces; 256 of them are bytes
@@ -124,10 +125,8 @@ def _without_duplicates(
     kept = []
     for path, group, indices in zip(paths, groups, deduplicate(groups), strict=True):
         texts = [group[index] for index in indices]
-        print(
-            f"[corpus] {path.name}: {len(texts)} documents, {len(group) - len(texts)} near-duplicates dropped",
-            flush=True,
-        )
+        kept_and_dropped = counted(len(texts), "document"), counted(len(group) - len(texts), "near-duplicate")
+        print(f"[corpus] {path.name}: {', '.join(kept_and_dropped)} dropped", flush=True)
         if not any(texts) and path in held_out:
             raise UserError(f"{path} has no text that is not in the test set, too; give documents of its own")
         kept.append(texts)

@@ -12,6 +12,7 @@ import numpy as np
 from megatron_bliss.data.seeds import derive, hash_positions, uniform
 from megatron_bliss.data.shards import ShardRecord
 from megatron_bliss.errors import UserError
+from megatron_bliss.wording import counted
 
 _ROUNDS = 8
 
@@ -110,7 +111,7 @@ def share_of_rank(batch: list[Sample], dp_rank: int, dp_size: int) -> list[Sampl
     """
     if len(batch) % dp_size:
         raise UserError(
-            f"a batch of {len(batch)} sequences cannot be shared by {dp_size} data-parallel ranks; make it a multiple "
-            f"of {dp_size}"
+            f"a batch of {counted(len(batch), 'sequence')} cannot be shared by {dp_size} data-parallel ranks; make it "
+            f"a multiple of {dp_size}"
         )
     return batch[dp_rank::dp_size]

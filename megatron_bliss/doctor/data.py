@@ -13,6 +13,7 @@ from megatron_bliss.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_bliss.data.validation import ValidationSet
 from megatron_bliss.doctor.findings import Finding, broken
 from megatron_bliss.errors import UserError
+from megatron_bliss.wording import counted
 
 SAMPLED_SEQUENCES = 20_000  # whose token ids are looked at, of all shards together
 _MOST_OF_A_SHARD, _LEAST_OF_A_SHARD = 1000, 4
@@ -78,7 +79,7 @@ def _open(prefix: str) -> Shard:
 def _sizes(shards: list[Shard]) -> str:
     tokens, sequences = sum(shard.num_tokens for shard in shards), sum(len(shard) for shard in shards)
     files = f"{len(shards)} shards, " if len(shards) > 1 else ""
-    return f"{files}{sequences:,} sequences, {tokens:,} tokens, {shards[0].dtype.name}"
+    return f"{files}{counted(sequences, 'sequence')}, {counted(tokens, 'token')}, {shards[0].dtype.name}"
 
 
 def _open_sets(measured_sets: Iterable[tuple[str, str]]) -> tuple[list[Opened], list[Finding]]:
@@ -179,10 +180,10 @@ def _check_texts(tokenizer: Tokenizer, opened: list[Opened]) -> list[Finding]:
     costs = "decoded texts are not what the LLM reads; dsir and benchmarks measure nonsense"
     remedy = "data.tokenizer.model=the tokenizer that the shards were made with, or build them again"
     if others:
-        value = f"{len(others)} shards were made with another tokenizer, such as {others[0]}"
+        value = f"made with another tokenizer: {counted(len(others), 'shard')}, such as {others[0]}"
         return [Finding(name, "broken", value, costs, remedy)]
     if not unknown:
-        return [Finding(name, "ok", f"{len(noted)} shards were made with this tokenizer")]
+        return [Finding(name, "ok", f"made with this tokenizer: {counted(len(noted), 'shard')}")]
     shards = [unknown[index] for index in spaced(len(unknown), _SAMPLED_TEXTS).tolist()]
     each_shard = max(_SAMPLED_TEXTS // len(shards), 1)
     shares = {shard.prefix: _agreement(tokenizer, shard, each_shard) for shard in shards}

@@ -18,6 +18,7 @@ from megatron_bliss.errors import UserError
 from megatron_bliss.orchestration import cost
 from megatron_bliss.orchestration.check import check
 from megatron_bliss.orchestration.plan import arms
+from megatron_bliss.wording import counted
 
 _STYLES = {"ok": "green", "gap": "yellow", "broken": "bold red"}
 _WIDTH = 160  # of the table where there is no terminal
@@ -53,7 +54,7 @@ def examine(config: RunConfig | None, run_dir: Path, in_full: bool = False) -> l
     costs = "`megatron-bliss run` refuses to start"
     try:
         check(config, run_dir)
-        findings.append(Finding("settings", "ok", f"{config.method}, {config.rounds} rounds"))
+        findings.append(Finding("settings", "ok", f"{config.method}, {counted(config.rounds, 'round')}"))
         findings.append(_space(config, run_dir))
     except UserError as error:
         findings.append(broken("settings", error, costs, "change the setting"))

@@ -14,6 +14,7 @@ import torch
 
 from megatron_bliss.config import RunConfig
 from megatron_bliss.doctor.findings import Finding, Status
+from megatron_bliss.wording import counted
 
 PACKAGES = ("megatron-bliss", "torch", "megatron-core", "numpy", "sentencepiece", "tokenizers", "omegaconf")
 _MODULES = {  # optional modules, by what they are called
@@ -203,7 +204,8 @@ def _without_gpus(machine: Machine, config: RunConfig | None) -> list[Finding]:
         found.append(
             Finding(
                 "ranks", "gap",
-                f"{config.launch.nproc_per_node} ranks × {config.launch.concurrency} stages on {machine.cores} cores",
+                f"{counted(config.launch.nproc_per_node, 'rank')} × {counted(config.launch.concurrency, 'stage')} on "
+                f"{counted(machine.cores, 'core')}",
                 "ranks take turns on the cores", "lower launch.nproc_per_node or launch.concurrency",
             )
         )  # fmt: skip

@@ -13,6 +13,7 @@ from megatron_bliss.data.shards import verify_shard
 from megatron_bliss.errors import UserError
 from megatron_bliss.inspection.rounds import Round, Run
 from megatron_bliss.stages.select import tokenizer_facts
+from megatron_bliss.wording import counted
 
 METHOD = "imported"
 
@@ -79,7 +80,7 @@ def import_selection(run_dir: Path, path: Path, directory: Path) -> None:
     )
     selection = Selection.open(directory)
     print(
-        f"[import] {selection.counts.kept_sequences} sequences, {total} tokens, in {directory}; digest "
-        f"{selection.digest[:12]}" + (f"; {held_out} of them are held out by the run" if held_out else ""),
+        f"[import] {counted(selection.counts.kept_sequences, 'sequence')}, {counted(total, 'token')}, in {directory}; "
+        f"digest {selection.digest[:12]}" + (f"; {held_out} of them are held out by the run" if held_out else ""),
         flush=True,
     )

@@ -14,6 +14,7 @@ from rich.text import Text
 from megatron_bliss.errors import UserError
 from megatron_bliss.inspection.overview import overview
 from megatron_bliss.inspection.rounds import Run
+from megatron_bliss.wording import counted
 
 _WIDTH = 120  # where there is no terminal
 _CHARACTERS = 300  # of a sample's text
@@ -101,7 +102,7 @@ def _percent(share: float) -> str:
 
 def _overlap(other: dict[str, Any]) -> str:
     name = f"round {other['round']}" if other["round"] else "the warm-up"
-    shared = f"{other['shared_sequences']:,} sequences in common with {name}"
+    shared = f"{counted(other['shared_sequences'], 'sequence')} in common with {name}"
     if other["disjoint_slices"]:
         shared += " (their slices have none in common)"
     return f"{shared}; the domains' shares of the kept tokens differ by {_percent(other['domain_drift'])}"

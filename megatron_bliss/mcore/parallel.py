@@ -14,6 +14,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megatron_bliss.errors import UserError
 from megatron_bliss.mcore import platform
+from megatron_bliss.wording import counted
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,8 @@ def initialize(tensor_parallel: int, sequence_parallel: bool, seed: int, pipelin
     if world_size % (tensor_parallel * pipeline_parallel):
         pipeline = f" × pipeline_parallel = {pipeline_parallel}" if pipeline_parallel > 1 else ""
         raise UserError(
-            f"{world_size} processes cannot be divided into groups of tensor_parallel = {tensor_parallel}{pipeline}; "
-            "start a multiple of it (launch.nproc_per_node) or lower tensor_parallel"
+            f"{counted(world_size, 'process')} cannot be divided into groups of tensor_parallel = "
+            f"{tensor_parallel}{pipeline}; start a multiple of it (launch.nproc_per_node) or lower tensor_parallel"
         )
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))

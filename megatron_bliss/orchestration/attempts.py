@@ -6,6 +6,7 @@ from pathlib import Path
 from megatron_bliss.orchestration import logs
 from megatron_bliss.orchestration.plan import Stage
 from megatron_bliss.orchestration.state import Record
+from megatron_bliss.wording import counted
 
 
 def judged(run_dir: Path, stage: Stage, record: Record) -> Record:
@@ -21,4 +22,4 @@ def judged(run_dir: Path, stage: Stage, record: Record) -> Record:
 def verdict(record: Record) -> str:
     """What is to be said of a stage that was tried often enough."""
     came = f"came no further than {record.furthest}" if record.furthest else "came to nothing"
-    return f"{record.fruitless} attempts in a row {came}"
+    return f"{counted(record.fruitless, 'attempt')} in a row {came}"

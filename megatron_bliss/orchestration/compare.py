@@ -21,6 +21,7 @@ from megatron_bliss.errors import UserError
 from megatron_bliss.orchestration import cost, local, state
 from megatron_bliss.orchestration.check import check
 from megatron_bliss.orchestration.plan import Arm, Stage, arms, plan
+from megatron_bliss.wording import counted
 
 _WIDTH = 120  # of the table where there is no terminal
 _CORPUS_SEED = 1  # of a corpus made here: one pool for all seeds
@@ -116,7 +117,8 @@ def show(comparison: Comparison, out: Path) -> None:
     for seed, config in configs.items():
         check(config, out / f"seed-{seed}")
     pool, reason = cost.measure(first)
-    title = f"{out}: {len(first.controls) + 1} arms, seeds {', '.join(map(str, configs))}; all seeds together"
+    compared, seeds = counted(len(first.controls) + 1, "arm"), ", ".join(map(str, configs))
+    title = f"{out}: {compared}, seeds {seeds}; all seeds together"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for column in ("arm", "stages", "missing", "selection FLOPs", "training FLOPs", "evaluation FLOPs"):
         table.add_column(column, justify="left" if column == "arm" else "right", no_wrap=True)

@@ -31,6 +31,7 @@ from megatron_bliss.orchestration.flops import (
 )
 from megatron_bliss.orchestration.memory import stage_memory
 from megatron_bliss.orchestration.plan import Arm, arms, plan
+from megatron_bliss.wording import counted
 
 _FORWARD = 1 / 3  # of a forward and backward pass
 _BYTES_PER_PARAMETER = {False: 16, True: 18}  # float32 weights and Adam's moments as saved; True: bf16 weights on top
@@ -289,7 +290,7 @@ def show(config: RunConfig, run_dir: Path) -> None:
     costs: dict[str, Cost] = {}
     for arm in arms(config, run_dir):
         costs |= arm_costs(arm, pool)
-    title = f"{run_dir}: {config.method}, {config.rounds} rounds"
+    title = f"{run_dir}: {config.method}, {counted(config.rounds, 'round')}"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for column in ("stage", "ranks", "sequences", "tokens", "FLOPs", "memory", "disk"):
         table.add_column(column, justify="left" if column == "stage" else "right", no_wrap=True)

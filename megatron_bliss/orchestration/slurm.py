@@ -18,6 +18,7 @@ from megatron_bliss.errors import UserError
 from megatron_bliss.orchestration import slurm_queue, state
 from megatron_bliss.orchestration.plan import Stage, plan
 from megatron_bliss.orchestration.slurm_queue import Job
+from megatron_bliss.wording import counted
 
 # Scripts that do a stage of the warm-up as their round 0; all others are named as their stage.
 _SCRIPTS = {"warmup-select": "select", "warmup-proxy": "bilevel", "warmup-target": "pretrain"}
@@ -196,7 +197,8 @@ def submit(config: RunConfig, run_dir: Path) -> None:
         for request in asked:
             chain.add(request)
     console.print(
-        f"{run_dir}: {chain.num_new} jobs submitted, {chain.num_kept} left as they are, {chain.num_done} stages done",
+        f"{run_dir}: {counted(chain.num_new, 'job')} submitted, {chain.num_kept} left as they are, "
+        f"{counted(chain.num_done, 'stage')} done",
         soft_wrap=True,
         highlight=False,
     )

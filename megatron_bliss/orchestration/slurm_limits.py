@@ -19,6 +19,7 @@ from megatron_bliss.orchestration.check import Ranks, check
 from megatron_bliss.orchestration.logs import clock
 from megatron_bliss.orchestration.plan import arms
 from megatron_bliss.orchestration.slurm import Request, requests
+from megatron_bliss.wording import counted
 
 _LOCAL = ["tmpfs", "ramfs", "overlay", "ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "jfs", "squashfs"]
 _LOCAL_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm", "/run")  # noqa: S108  # refused, not written to
@@ -91,10 +92,14 @@ def limit_problems(asked: list[Request], partitions: list[slurm_queue.Partition]
             continue
         here = [by_name[each] for each in names]
         if request.num_tasks > max_array_size:
-            found.append(f"{name}: {request.num_tasks} tasks, and MaxArraySize is {max_array_size}; lower score.tasks")
+            found.append(
+                f"{name}: {counted(request.num_tasks, 'task')}, and MaxArraySize is {max_array_size}; lower score.tasks"
+            )
         most = max(min(each.num_nodes, each.max_nodes or each.num_nodes) for each in here)
         if request.num_nodes > most:
-            found.append(f"{name}: {request.num_nodes} nodes, and a job may have {most} in partition {here[0].name}")
+            found.append(
+                f"{name}: {counted(request.num_nodes, 'node')}, and a job may have {most} in partition {here[0].name}"
+            )
         longest = max(each.max_seconds or float("inf") for each in here)
         if (request.max_seconds or float("inf")) > longest:
             limit = "no time limit" if request.max_seconds is None else f"time limit {clock(request.max_seconds)}"
@@ -109,7 +114,9 @@ def show(config: RunConfig, run_dir: Path) -> None:
     """
     asked = requests(config, run_dir)
     console = Console(width=None if sys.stdout.isatty() else _WIDTH)
-    table = Table(title=f"{run_dir}: {len(asked)} jobs", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        title=f"{run_dir}: {counted(len(asked), 'job')}", title_justify="left", box=SIMPLE_HEAD, pad_edge=False
+    )
     for column in ("stage", "jobs", "nodes", "ranks", "time limit", "partition"):
         table.add_column(column, no_wrap=True)
     table.add_column("after", overflow="fold")

@@ -17,6 +17,7 @@ from megatron_bliss.orchestration import processes, slurm, slurm_queue, state
 from megatron_bliss.orchestration.logs import clock, last_reading, tail
 from megatron_bliss.orchestration.plan import Stage, plan
 from megatron_bliss.orchestration.state import Record
+from megatron_bliss.wording import counted
 
 _WIDTH = 140  # of the table where there is no terminal
 _STYLES = {
@@ -118,7 +119,7 @@ def _target(stage: Stage) -> str:
     if not path.exists():
         return ""
     pin = read_json(path)
-    return f"target of iteration {pin['iteration']}, {pin['staleness']} steps before the round"
+    return f"target of iteration {pin['iteration']}, {counted(pin['staleness'], 'step')} before the round"
 
 
 def _ask_slurm(run_dir: Path) -> tuple["_Jobs | None", str]:

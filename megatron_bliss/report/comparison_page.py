@@ -13,6 +13,7 @@ from megatron_bliss.orchestration.logs import clock
 from megatron_bliss.report import comparison, comparison_figures
 from megatron_bliss.report.page import environment
 from megatron_bliss.report.statistics import BETTER, NO_DIFFERENCE, WORSE
+from megatron_bliss.wording import counted
 
 _WIDTH = 160  # of the table where there is no terminal
 COLUMNS = (
@@ -63,10 +64,10 @@ def write(out: Path) -> None:
 def table(found: dict[str, Any]) -> Table:
     """One line an arm, the best first; mean ± standard deviation over seeds."""
     measured = [len(arm["seeds"]) for arm in found["arms"].values()]
-    seeds = str(max(measured)) if min(measured) == max(measured) else f"at most {max(measured)}"
+    seeds = counted(max(measured), "seed") if min(measured) == max(measured) else f"at most {max(measured)} seeds"
     title = (
         f"{found['measured_on']} loss {found['measure']} at step {found['iteration']}; "
-        f"mean ± standard deviation of {seeds} seeds"
+        f"mean ± standard deviation of {seeds}"
     )
     shown = Table("arm", title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for column in COLUMNS:

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from megatron_bliss.wording import counted
+
 Facts = dict[str, Any]
 
 
@@ -118,8 +120,8 @@ def small_validation_set(facts: Facts) -> Found:
         if found["num_sequences"] < limit:
             yield (
                 None,
-                f"The set {name} has {found['num_sequences']} sequences (guards.validation_sequences={limit}). The "
-                "scores may fit these few and nothing else.",
+                f"The set {name} has {counted(found['num_sequences'], 'sequence')} "
+                f"(guards.validation_sequences={limit}). The scores may fit these few and nothing else.",
             )
 
 

@@ -11,6 +11,7 @@ from megatron_bliss.data.shard_checks import beyond_vocabulary
 from megatron_bliss.data.shards import Shard, ShardRecord, take_inventory, verify_shard
 from megatron_bliss.data.validation import ValidationSet, mask_digest, verify_mask
 from megatron_bliss.errors import UserError
+from megatron_bliss.wording import counted
 
 _SAMPLED_SEQUENCES = 1000  # of each shard, for the check of token ids
 
@@ -31,8 +32,8 @@ def run(run_dir: Path) -> None:
     else:
         inventory = collect(config)
         inventory.write(paths.inventory)
-    num_tokens = sum(record.num_tokens for record in inventory.pool)
-    print(f"[inventory] {len(inventory.pool)} shards in the pool, {num_tokens / 1e6:.1f}M tokens", flush=True)
+    shards, num_tokens = counted(len(inventory.pool), "shard"), sum(record.num_tokens for record in inventory.pool)
+    print(f"[inventory] {shards} in the pool, {num_tokens / 1e6:.1f}M tokens", flush=True)
     if config.data.contamination_tokens:
         look_for_contamination(paths.contamination, inventory, config.data.contamination_tokens)
 

@@ -18,6 +18,7 @@ from megatron_bliss.methods import offline_method
 from megatron_bliss.stages.inventory import check_token_ids
 from megatron_bliss.stages.score import ScoringWork, initialize, score, score_checkpoint
 from megatron_bliss.stages.sources import find_model
+from megatron_bliss.wording import counted
 
 
 def of_run(run_dir: Path, round_number: int, overrides: list[str]) -> tuple[RunConfig, Path]:
@@ -54,9 +55,12 @@ def describe(prefixes: list[str], config: RunConfig, checkpoint: Path) -> str:
     """
     shards = [Shard(prefix) for prefix in prefixes]
     chunks = sum(-(-len(shard) // config.scoring.chunk_sequences) for shard in shards)
-    lines = [f"{shard.prefix}: {len(shard)} sequences, {shard.num_tokens} tokens" for shard in shards]
-    lines.append(f"in all: {sum(map(len, shards))} sequences, {sum(shard.num_tokens for shard in shards)} tokens")
-    lines.append(f"{chunks} chunks of at most {config.scoring.chunk_sequences} sequences")
+    sizes = {shard.prefix: (len(shard), shard.num_tokens) for shard in shards}
+    sizes["in all"] = sum(map(len, shards)), sum(shard.num_tokens for shard in shards)
+    lines = [
+        f"{name}: {counted(size, 'sequence')}, {counted(tokens, 'token')}" for name, (size, tokens) in sizes.items()
+    ]
+    lines.append(f"{counted(chunks, 'chunk')} of at most {counted(config.scoring.chunk_sequences, 'sequence')}")
     lines.append(f"method {offline_method(config).name}, checkpoint {checkpoint}")
     return "\n".join(lines)
 

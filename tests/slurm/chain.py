@@ -10,7 +10,7 @@ from typing import Any
 
 import psutil
 
-from megatron_bliss.config import JobConfig, LaunchConfig, RunConfig, SlurmConfig, save_config
+from megatron_bliss.config import FidelityConfig, JobConfig, LaunchConfig, RunConfig, SlurmConfig, save_config
 from megatron_bliss.orchestration.logs import last_reading, tail
 from megatron_bliss.orchestration.plan import plan
 from tests.fake_run import fake_config
@@ -55,7 +55,8 @@ class Chain:
     def fake(cls, bed: Cluster, folder: Path, rounds: int = 1, **behaviour: object) -> "Chain":
         """With stages that only count, one process each, as `behaviour` says."""
         launch = small_jobs(pretrain=JobConfig(nodes=[1], gpus=1, time="30"))
-        config = fake_config(rounds=rounds, controls=[], launch=launch)
+        without = FidelityConfig(sequences=0)  # a chain without branches
+        config = fake_config(rounds=rounds, controls=[], launch=launch, fidelity=without)
         chain = cls(bed, folder, config, **FAKE_PYTHON)
         (chain.run_dir / "behaviour.json").write_text(json.dumps(behaviour))
         return chain
