@@ -41,7 +41,7 @@ def test_text_becomes_shards(built: tuple[Path, str]) -> None:
     for name in ("web", "code"):
         shard = Shard(folder / "out" / name)
         assert shard.sequence_lengths.max() == 32
-        assert f"{name}: {len(shard)} sequences, {shard.num_tokens} tokens" in said
+        assert f"{name}: {len(shard)} sequences, {shard.num_tokens:,} tokens" in said
         assert f"[tokenize-{name}] " in said
     assert len(Shard(folder / "out" / "code").document_starts) == 5 + 1
 
