@@ -92,7 +92,7 @@ def test_the_tool_gives_the_same_scores_of_all_sequences(one: dict[str, Any]) ->
         # other sequences share their batches
         np.testing.assert_allclose(by_tool[scored], scores[scored], rtol=0, atol=1e-5)
     assert one["tool: same"]
-    assert "1200 sequences" in one["tool: dry run"]
+    assert "1,200 sequences" in one["tool: dry run"]
     assert "30 chunks of at most 40" in one["tool: dry run"]
 
 

@@ -187,13 +187,14 @@ def _influence(config: RunConfig) -> Peak:
 
 
 def _fidelity(config: RunConfig) -> Peak:
-    """The LLM's gradient, or a pass beside a copy of its parameters; the proxy takes less."""
+    """The LLM at the beginning or the end of a backward pass, between which its graph makes room for gradients, or in a
+    forward pass beside a copy of its parameters; the proxy takes less."""
     model = replace(_target(config), is_fused=True)
     tokens = config.target.micro_batch_size * config.data.sequence_length
-    gradient = Peak(gradients=model.size * model.numel) + model.graph(tokens)
-    displaced = model.parameters() + model.forward(tokens)
-    stays = model.parameters() + Peak(vectors=_FLOAT * model.numel) + _loss(model, tokens)
-    return stays + max(gradient, displaced, key=lambda moment: moment.total)
+    begins, ends = model.graph(tokens) + _loss(model, tokens), Peak(gradients=model.size * model.numel)
+    displaced = model.parameters() + model.forward(tokens) + _loss(model, tokens)
+    stays = model.parameters() + Peak(vectors=_FLOAT * model.numel)
+    return stays + max(begins, ends, displaced, key=lambda moment: moment.total)
 
 
 def _fit_influence(config: RunConfig) -> Peak:
