@@ -63,19 +63,17 @@ def run(run_dir: Path, round_number: int) -> None:
         validation = _validation(config, inventory, round_number)
     if results_path(directory).exists():
         return
-    work = _Work(directory, sample)
-    if context.is_first:
-        work.progress = Progress("fidelity", work.total, "sequences", start=work.done)
+    work = _Work(directory, sample, prints=context.is_first)
     for side in sides:
         context = side.join(config.seed)
-        if len(work.known(side.name)) < len(sample):
+        if work.lacks(side.name):
             forward = Pass(context, config.data.sequence_length, side.batch_tokens)
             work.measure(side.name, Usefulness(side.load(context), forward, validation), context)
         gc.collect()  # its model
         torch.cuda.empty_cache()  # and that memory; nothing happens without a GPU
     with agreed(context):
         if context.is_first:
-            measured = {side.name: work.known(side.name) for side in sides} | {"scores": sample.scores(scores)}
+            measured = work.known | {"scores": sample.scores(scores)}
             results = judge(measured, derive(config.seed, "fidelity", round_number, "interval"))
             results |= {"sequences": len(sample), "iteration": config.round_end(round_number - 1)}
             write_json(results_path(directory), {"schema": 1, **results})
@@ -200,46 +198,44 @@ def _validation(
     return found
 
 
-@dataclass
 class _Work:
-    """What was measured so far: a file a model, which grows by chunks."""
+    """What was measured so far: usefulness of the first sequences of the sample to each model, float64 [known], and a
+    file of it a model, which grows by chunks."""
 
-    directory: Path
-    sample: Sample
-    progress: Progress | None = None  # on the rank that prints
-    num_tokens: int = 0  # read in this process
+    def __init__(self, directory: Path, sample: Sample, prints: bool) -> None:
+        self._directory, self._sample, self._num_tokens = directory, sample, 0
+        paths = {name: self._path(name) for name in (TARGET, PROXY)}
+        self.known = {
+            name: np.load(path, allow_pickle=False) if path.exists() else np.empty(0) for name, path in paths.items()
+        }
+        self._total = len(paths) * len(sample)
+        self._progress = Progress("fidelity", self._total, "sequences", start=self._done) if prints else None
 
-    @property
-    def total(self) -> int:
-        """Sequences to measure, over both models."""
-        return 2 * len(self.sample)
-
-    @property
-    def done(self) -> int:
-        return len(self.known(TARGET)) + len(self.known(PROXY))
-
-    def known(self, name: str) -> np.ndarray:
-        """Usefulness of the first sequences of the sample: float64 [known]."""
-        path = self._path(name)
-        return np.load(path, allow_pickle=False) if path.exists() else np.empty(0)
+    def lacks(self, name: str) -> bool:
+        return len(self.known[name]) < len(self._sample)
 
     def measure(self, name: str, usefulness: Usefulness, context: ParallelContext) -> None:
         """The rest of one model's. All ranks call it, and leave together where one was asked to stop."""
-        known, vote = self.known(name), Vote(context.device)
-        while len(known) < len(self.sample):
-            part = self.sample.part(len(known), len(known) + _CHUNK)
-            known = np.concatenate([known, usefulness(part)])
-            self.num_tokens += int(part.lengths.sum())
+        vote = Vote(context.device)
+        while self.lacks(name):
+            start = len(self.known[name])
+            part = self._sample.part(start, start + _CHUNK)
+            self.known[name] = np.concatenate([self.known[name], usefulness(part)])
+            self._num_tokens += int(part.lengths.sum())
             with agreed(context):
-                if not np.isfinite(known).all():
+                if not np.isfinite(self.known[name]).all():
                     raise UserError(f"the {name}'s loss on some sequence of the pool is no number: it has diverged")
                 if context.is_first:
                     with atomic_write(self._path(name)) as stream:
-                        np.save(stream, known, allow_pickle=False)
-            if self.progress is not None:
-                self.progress.report(self.done, self.num_tokens)
-            if vote() and self.done < self.total:
-                stopping.leave("fidelity", self.done, self.total, "sequences")
+                        np.save(stream, self.known[name], allow_pickle=False)
+            if self._progress is not None:
+                self._progress.report(self._done, self._num_tokens)
+            if vote() and self._done < self._total:
+                stopping.leave("fidelity", self._done, self._total, "sequences")
+
+    @property
+    def _done(self) -> int:
+        return sum(map(len, self.known.values()))
 
     def _path(self, name: str) -> Path:
-        return self.directory / f"{name}.npy"
+        return self._directory / f"{name}.npy"
