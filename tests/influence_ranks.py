@@ -15,7 +15,7 @@ from megatron_bliss.mcore.batches import make_batch
 from megatron_bliss.mcore.models import build_language_model, token_losses
 from megatron_bliss.stages import fit_influence, influence, score, warmup_proxy
 from megatron_bliss.stages.influence_data import InfluenceSample, reference_sets
-from megatron_bliss.stages.warmup_proxy import whole_vectors
+from megatron_bliss.stages.side_training import whole_vectors
 from tests.side_models import edit_config, read_scores
 
 LAYOUTS = ("dp", "sp")  # of two ranks: data parallel with the distributed optimizer; tensor and sequence parallel
@@ -32,7 +32,7 @@ def one_rank(rank: int, folder: Path) -> dict[str, Any]:
     for name in ("killed", "planted", "bf16", *(f"run-{layout}" for layout in LAYOUTS)):
         shutil.copytree(run, folder / name)
     edit_config(folder / "bf16", proxy__model__bf16=True)
-    edit_config(folder / "run-dp", proxy__distributed_optimizer=True)
+    edit_config(folder / "run-dp", proxy__distributed_optimizer=True, tracking__tensorboard=True)
     edit_config(folder / "run-sp", proxy__tensor_parallel=2, proxy__sequence_parallel=True)
     influence.run(run, 1)
     fit_influence.run(run, 1)

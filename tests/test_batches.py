@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_bliss.mcore.batches import bucket, cut_windows, make_batch, mean_losses, padded_length
+from megatron_bliss.mcore.batches import bucket, cut_windows, drawn_windows, make_batch, mean_losses, padded_length
 from megatron_bliss.progress import MetricsLog
 from tests.distributed import run_ranks
 from tests.hanging_ranks import fail, hang
@@ -42,6 +42,16 @@ def test_windows_predict_every_token_once(length: int, sequence_length: int) -> 
     assert predicted == list(range(1, length))
     assert all(stop - start <= sequence_length + 1 for start, stop in cut_windows(length, sequence_length))
     assert len(cut_windows(length, sequence_length)) >= 1
+
+
+def test_which_window_is_drawn_depends_on_the_place_alone() -> None:
+    lengths = [0, 1, 9, *[50] * 200]
+    drawn = drawn_windows(lengths, 8, seed=3)
+    windows = [cut_windows(length, 8) for length in lengths]
+    assert all((one.start, one.stop) in of for one, of in zip(drawn, windows, strict=True))
+    assert drawn_windows(np.array(lengths[5:]), 8, seed=3, first=5) == drawn[5:]
+    assert {(one.start, one.stop) for one in drawn[3:]} == set(windows[3])
+    assert drawn_windows(lengths, 8, seed=4) != drawn
 
 
 @given(st.lists(st.integers(0, 50), max_size=60), st.integers(1, 200), st.integers(1, 4))
@@ -177,7 +187,7 @@ def test_a_resumed_log_drops_what_is_done_again(tmp_path: Path) -> None:
 def test_hanging_and_failing_ranks_are_killed_and_named() -> None:
     began = time.monotonic()
     with pytest.raises(AssertionError, match=r"ranks \[1\] hung"):
-        run_ranks(hang, 2, timeout=6)
+        run_ranks(hang, 2, timeout=3)
     with pytest.raises(AssertionError, match=r"rank 1 failed:[\s\S]*rank one is broken"):
         run_ranks(fail, 2, timeout=60)
     assert time.monotonic() - began < 60

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_bliss.data.seeds import hash_positions
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -76,6 +78,17 @@ def cut_windows(length: int, sequence_length: int) -> list[tuple[int, int]]:
     """
     starts = range(0, max(length - 1, 1), sequence_length)
     return [(start, min(start + sequence_length + 1, length)) for start in starts]
+
+
+def drawn_windows(lengths: Sequence[int] | np.ndarray, sequence_length: int, seed: int, first: int = 0) -> list[slice]:
+    """One of the windows of each sequence, by a draw for each place.
+
+    :param lengths: tokens of each.
+    :param first: place of the first; those of the others follow.
+    """
+    draws = hash_positions(seed, np.arange(first, first + len(lengths))).tolist()
+    windows = [cut_windows(int(length), sequence_length) for length in lengths]
+    return [slice(*found[draw % len(found)]) for found, draw in zip(windows, draws, strict=True)]
 
 
 def bucket(lengths: np.ndarray, batch_tokens: int, multiple: int = 1) -> list[np.ndarray]:

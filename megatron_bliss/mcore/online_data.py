@@ -12,9 +12,9 @@ import torch
 from torch.utils.data import default_collate
 
 from megatron_bliss.data.sampling import shuffled
-from megatron_bliss.data.seeds import derive, hash_positions
+from megatron_bliss.data.seeds import derive
 from megatron_bliss.data.validation import ValidationSet
-from megatron_bliss.mcore.batches import cut_windows
+from megatron_bliss.mcore.batches import drawn_windows
 
 
 class ValidationSamples:
@@ -41,9 +41,7 @@ class ValidationSamples:
         which = int(np.searchsorted(self._ends, index, side="right"))
         validation = self._sets[which][1]
         tokens, mask = validation.get((index - int(self._ends[which - 1] if which else 0)) % len(validation))
-        windows = cut_windows(len(tokens), self._length)
-        drawn = int(hash_positions(derive(self._seed, "window"), np.array([index]))[0] % np.uint64(len(windows)))
-        window = slice(*windows[drawn])
+        [window] = drawn_windows([len(tokens)], self._length, derive(self._seed, "window"), first=index)
         padded, predicted = np.zeros(self._length + 1, dtype=np.int64), np.zeros(self._length + 1, dtype=np.float32)
         count = len(tokens[window])
         padded[:count], predicted[:count] = tokens[window], mask[window]

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_bliss.stages.guards import all_but_the_same
 from megatron_bliss.wording import counted
 
 Facts = dict[str, Any]
@@ -31,11 +32,7 @@ def constant_scores(facts: Facts) -> Found:
         if found := chosen.get("score_distribution"):
             spread = found["percentiles"][90] - found["percentiles"][10]
             if spread < limit:
-                yield (
-                    number,
-                    f"The scores of round {number} are all but the same: their 10th and 90th percentile are "
-                    f"{spread:.2g} apart (guards.score_spread={limit:g}). What was kept is as good as random.",
-                )
+                yield number, f"{all_but_the_same(number, spread, limit)} What was kept is as good as random."
 
 
 def one_domain(facts: Facts) -> Found:

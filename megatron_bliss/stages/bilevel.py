@@ -30,8 +30,9 @@ from megatron_bliss.stages.bilevel_data import BilevelData, BilevelDraws
 from megatron_bliss.stages.cache_target import purpose_of
 from megatron_bliss.stages.guards import trusted_round
 from megatron_bliss.stages.inventory import run_inventory
+from megatron_bliss.stages.side_training import adam_settings
 from megatron_bliss.stages.sources import pin_target, resume, target_checkpoint
-from megatron_bliss.stages.warmup_proxy import adam_settings, proxy_directory
+from megatron_bliss.stages.warmup_proxy import proxy_directory
 from megatron_bliss.tracking import Job, track
 
 Loop = BilevelLoop[MicroBatch]

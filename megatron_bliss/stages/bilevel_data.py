@@ -9,12 +9,12 @@ from megatron_bliss.artifacts import digest_json
 from megatron_bliss.config import RunConfig
 from megatron_bliss.data.inventory import Inventory
 from megatron_bliss.data.sampling import SequenceSampler, share_of_rank
-from megatron_bliss.data.seeds import derive, hash_positions
+from megatron_bliss.data.seeds import derive
 from megatron_bliss.data.shards import ShardRecord, verify_shard
 from megatron_bliss.data.slices import Slicing
 from megatron_bliss.data.target_cache import Known
 from megatron_bliss.data.validation import ValidationSet
-from megatron_bliss.mcore.batches import Batch, cut_windows, make_batch
+from megatron_bliss.mcore.batches import Batch, drawn_windows, make_batch
 from megatron_bliss.mcore.lower_level import MicroBatch, micro_batches
 from megatron_bliss.mcore.parallel import ParallelContext
 from megatron_bliss.mcore.top_k import TopK
@@ -61,12 +61,8 @@ class BilevelDraws:
         return validation, SequenceSampler([record], everything, derive(self._seed, *purpose))
 
     def _windows(self, sequences: Sequence[np.ndarray], step: int) -> list[slice]:
-        draws = hash_positions(derive(self._seed, "window", step), np.arange(len(sequences))).tolist()
-        return [self._window(len(sequence), draw) for sequence, draw in zip(sequences, draws, strict=True)]
-
-    def _window(self, length: int, draw: int) -> slice:
-        windows = cut_windows(length, self._length)
-        return slice(*windows[draw % len(windows)])
+        lengths, seed = [len(sequence) for sequence in sequences], derive(self._seed, "window", step)
+        return drawn_windows(lengths, self._length, seed)
 
 
 class BilevelData:

@@ -12,10 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_bliss import stopping
 from megatron_bliss.artifacts import RunPaths, digest_bytes, digest_tree, write_json
-from megatron_bliss.bilevel.optimizer import lr_factor
-from megatron_bliss.bilevel.space import Vector, group_sum_
+from megatron_bliss.bilevel.space import ParameterSpace, Vector
 from megatron_bliss.config import RunConfig, read_saved_config
 from megatron_bliss.data.correlation import spearman
 from megatron_bliss.data.sampling import share_of_rank, shuffled
@@ -26,14 +24,13 @@ from megatron_bliss.mcore.batches import Batch, bucket, make_batch
 from megatron_bliss.mcore.parallel import ParallelContext, agreed
 from megatron_bliss.mcore.score_model import ScoreModel, build_score_model
 from megatron_bliss.mcore.scorer import Pass, means, score_measure
-from megatron_bliss.mcore.space import MegatronSpace
-from megatron_bliss.mcore.stopping import Vote
-from megatron_bliss.progress import MetricsLog, Progress
 from megatron_bliss.stages import influence
 from megatron_bliss.stages.influence_data import InfluenceSample
 from megatron_bliss.stages.inventory import run_inventory
+from megatron_bliss.stages.side_training import SideTraining, adam_settings, train
 from megatron_bliss.stages.sources import resume
-from megatron_bliss.stages.warmup_proxy import LR_WARMUP_FRACTION, adam_settings, proxy_directory, whole_vectors
+from megatron_bliss.stages.warmup_proxy import proxy_directory
+from megatron_bliss.tracking import Job
 
 
 def run(run_dir: Path, round_number: int) -> None:
@@ -55,32 +52,17 @@ def run(run_dir: Path, round_number: int) -> None:
     model = build_score_model(config.proxy.model, config.data.tokenizer.vocab_size, context, config.proxy.recompute)
     if not done:
         checkpoints.load_backbone(proxy, model)
-    adam = adam_settings(config.bilevel, config.mates.fit_lr)
-    space = MegatronSpace(model, context, adam, config.proxy.distributed_optimizer)
-    optimizer = space.optimizer(adam)
-    if done:
-        vectors = whole_vectors(optimizer)
-        checkpoints.load(directory, {checkpoints.SCORE: model}, {checkpoints.SCORE: vectors})
-        optimizer.load({name: space.own(vector) for name, vector in vectors.items()}, done)
-    progress = Progress("fit-influence", data.num_steps, start=done) if context.is_first else None
-    log = MetricsLog(directory / "metrics.jsonl", done) if context.is_first else None
-    vote = Vote(context.device)
-    for step in range(done, data.num_steps):
-        factor = lr_factor(step, data.num_steps, LR_WARMUP_FRACTION)
-        loss, gradient = _loss_and_gradient(model, space, data.micro_batches(step), config.mates.fit_batch_size)
-        norm = optimizer.step(gradient, factor)
-        done = step + 1
-        if done % config.target.log_interval == 0 or done == data.num_steps:
-            figures = {"loss": float(group_sum_(loss, space.dp_group)), "lr": config.mates.fit_lr * factor}
-            if progress is not None and log is not None:
-                progress.report(done, None, **figures)
-                log.write(done, **figures, gradient_norm=float(norm))
-        stops = vote() and done < data.num_steps
-        if done % config.mates.checkpoint_interval == 0 or done == data.num_steps or stops:
-            vectors = whole_vectors(optimizer)
-            checkpoints.save(directory, done, {checkpoints.SCORE: model}, {checkpoints.SCORE: vectors}, {}, keep=1)
-        if stops:
-            stopping.leave("fit-influence", done, data.num_steps)
+    settings = config.mates
+    training = SideTraining(
+        Job(config, paths, "fit-influence", round_number), directory, checkpoints.SCORE, data.num_steps,
+        settings.checkpoint_interval, adam_settings(config.bilevel, settings.fit_lr),
+    )  # fmt: skip
+
+    def step(space: ParameterSpace, number: int) -> tuple[Tensor, Vector, int]:
+        batches, num_tokens = data.micro_batches(number)
+        return *_loss_and_gradient(model, space, batches, settings.fit_batch_size), num_tokens
+
+    train(training, model, context, done, step)
     forward = Pass(context, config.data.sequence_length, config.scoring.batch_tokens)
     predicted = means(forward.totals(score_measure(model.eval()), data.sample))
     with agreed(context):
@@ -122,11 +104,13 @@ class FitData:
         self._seed = derive(config.seed, "fit-influence")
         self.num_steps = max(config.mates.fit_epochs * sample.num_fitted // self._size, 1)
 
-    def micro_batches(self, step: int) -> list[tuple[Batch, Tensor]]:
-        """This rank's micro-batches of a 0-based step, each with its targets, float32 [b]."""
+    def micro_batches(self, step: int) -> tuple[list[tuple[Batch, Tensor]], int]:
+        """This rank's micro-batches of a 0-based step, each with its targets, float32 [b]; and the number
+        of predicted tokens of the global batch."""
         draws = np.arange(step * self._size, (step + 1) * self._size)
         context = self._context
-        mine = shuffled(draws, self.sample.num_fitted, self._seed)[context.dp_rank :: context.dp_size]
+        drawn = shuffled(draws, self.sample.num_fitted, self._seed)
+        mine = drawn[context.dp_rank :: context.dp_size]
         lengths = np.maximum(self.sample.lengths[mine] - 1, 0)
         found = []
         for members in bucket(lengths, self._micro_batch_tokens, context.length_multiple):
@@ -134,7 +118,7 @@ class FitData:
             batch = make_batch([self.sample.get(i)[0] for i in chosen], context.device, context.length_multiple)
             targets = torch.from_numpy(self._targets[chosen]).to(context.device, torch.float32, non_blocking=True)
             found.append((batch, targets))
-        return found
+        return found, int(np.maximum(self.sample.lengths[drawn] - 1, 0).sum())
 
     def judge(self, predicted: np.ndarray) -> dict[str, Any]:
         """What `fit.json` holds: the sample, and Spearman's correlation of predictions with what was measured."""
@@ -151,7 +135,7 @@ class FitData:
 
 
 def _loss_and_gradient(
-    model: ScoreModel, space: MegatronSpace, batches: Sequence[tuple[Batch, Tensor]], size: int
+    model: ScoreModel, space: ParameterSpace, batches: Sequence[tuple[Batch, Tensor]], size: int
 ) -> tuple[Tensor, Vector]:
     """This rank's summand of the mean squared error over the global batch, and the gradient of all.
 

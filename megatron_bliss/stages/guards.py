@@ -93,10 +93,18 @@ def score_doubts(directory: Path, inventory: Inventory, guards: GuardsConfig, ro
             f"(guards.unscored={guards.unscored:g})."
         )
     if found.num_scores and found.spread < guards.score_spread:
-        yield (
-            f"The scores of round {round_number} are all but the same: their 10th and 90th percentile are "
-            f"{found.spread:.2g} apart (guards.score_spread={guards.score_spread:g})."
-        )
+        yield all_but_the_same(round_number, found.spread, guards.score_spread)
+
+
+def all_but_the_same(round_number: int, spread: float, limit: float) -> str:
+    """The sentence on a round's scores.
+
+    :param spread: between their 10th and 90th percentile.
+    """
+    return (
+        f"The scores of round {round_number} are all but the same: their 10th and 90th percentile are "
+        f"{spread:.2g} apart (guards.score_spread={limit:g})."
+    )
 
 
 def loss_doubts_of(paths: RunPaths, guards: GuardsConfig, round_number: int) -> Iterator[str]:

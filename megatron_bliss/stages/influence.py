@@ -28,8 +28,9 @@ from megatron_bliss.mcore.stopping import Vote
 from megatron_bliss.progress import Progress
 from megatron_bliss.stages.influence_data import InfluenceSample, ReferenceSet, reference_sets
 from megatron_bliss.stages.inventory import run_inventory
+from megatron_bliss.stages.side_training import adam_settings, whole_vectors
 from megatron_bliss.stages.sources import resume
-from megatron_bliss.stages.warmup_proxy import adam_settings, loss_and_gradient, proxy_directory, whole_vectors
+from megatron_bliss.stages.warmup_proxy import loss_and_gradient, proxy_directory
 
 
 def run(run_dir: Path, round_number: int) -> None:

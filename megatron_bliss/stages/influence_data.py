@@ -7,12 +7,12 @@ import numpy as np
 from megatron_bliss.config import RunConfig
 from megatron_bliss.data.inventory import Inventory
 from megatron_bliss.data.sampling import SequenceSampler
-from megatron_bliss.data.seeds import derive, hash_positions
+from megatron_bliss.data.seeds import derive
 from megatron_bliss.data.shards import ShardRecord, verify_shard
 from megatron_bliss.data.slices import Slicing
 from megatron_bliss.data.validation import ValidationSet
 from megatron_bliss.errors import UserError
-from megatron_bliss.mcore.batches import cut_windows
+from megatron_bliss.mcore.batches import drawn_windows
 
 
 class InfluenceSample:
@@ -36,8 +36,8 @@ class InfluenceSample:
                 "mates.sample_size, or use a larger pool or fewer rounds"
             )
         self._shards = [verify_shard(record) for record in inventory.pool]
-        lengths = np.array([self._shards[index].sequence_lengths[id_] for index, id_ in self._samples])
-        self._windows = _windows(lengths, config.data.sequence_length, derive(seed, "window"))
+        lengths = [self._shards[index].sequence_lengths[id_] for index, id_ in self._samples]
+        self._windows = drawn_windows(lengths, config.data.sequence_length, derive(seed, "window"))
         self.lengths = np.array([window.stop - window.start for window in self._windows])  # tokens of each
 
     def __len__(self) -> int:
@@ -77,14 +77,7 @@ def _drawn(config: RunConfig, record: ShardRecord, seed: int) -> tuple[list[np.n
     sampler = SequenceSampler([record], {record.name: np.arange(len(found), dtype=np.int32)}, seed)
     drawn = sampler.batch(0, min(config.mates.reference_sequences, len(found)))
     pairs = [found.get(sequence_id) for _, sequence_id in drawn]
-    lengths = np.array([len(tokens) for tokens, _ in pairs])
-    windows = _windows(lengths, config.data.sequence_length, derive(seed, "window"))
+    lengths = [len(tokens) for tokens, _ in pairs]
+    windows = drawn_windows(lengths, config.data.sequence_length, derive(seed, "window"))
     cut = [(tokens[window], mask[window]) for (tokens, mask), window in zip(pairs, windows, strict=True)]
     return [tokens for tokens, _ in cut], [mask for _, mask in cut]
-
-
-def _windows(lengths: np.ndarray, sequence_length: int, seed: int) -> list[slice]:
-    """One window of each sequence."""
-    draws = hash_positions(seed, np.arange(len(lengths))).tolist()
-    windows = [cut_windows(length, sequence_length) for length in lengths.tolist()]
-    return [slice(*found[draw % len(found)]) for found, draw in zip(windows, draws, strict=True)]

@@ -8,26 +8,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_bliss import stopping
 from megatron_bliss.artifacts import RunPaths
-from megatron_bliss.bilevel.optimizer import AdamSettings, Optimizer, lr_factor
-from megatron_bliss.bilevel.space import ParameterSpace, Vector, group_sum_
-from megatron_bliss.config import BilevelConfig, RunConfig, proxy_run, read_saved_config, warmup_run
+from megatron_bliss.bilevel.space import ParameterSpace, Vector
+from megatron_bliss.config import RunConfig, proxy_run, read_saved_config, warmup_run
 from megatron_bliss.data.sampling import SequenceSampler, share_of_rank
-from megatron_bliss.data.seeds import derive, hash_positions
+from megatron_bliss.data.seeds import derive
 from megatron_bliss.data.selection import Selection
 from megatron_bliss.data.shards import Shard
 from megatron_bliss.mcore import checkpoints, parallel
-from megatron_bliss.mcore.batches import Batch, bucket, cut_windows, make_batch
+from megatron_bliss.mcore.batches import Batch, bucket, drawn_windows, make_batch
 from megatron_bliss.mcore.models import build_language_model, token_losses
 from megatron_bliss.mcore.parallel import ParallelContext, agreed
-from megatron_bliss.mcore.space import MegatronSpace
-from megatron_bliss.mcore.stopping import Vote
-from megatron_bliss.progress import MetricsLog, Progress
+from megatron_bliss.stages.side_training import SideTraining, adam_settings, train
 from megatron_bliss.stages.sources import resume
-from megatron_bliss.tracking import Job, track
-
-LR_WARMUP_FRACTION = 0.1  # of the steps; then cosine, to zero
+from megatron_bliss.tracking import Job
 
 
 def proxy_directory(paths: RunPaths, config: RunConfig) -> Path:
@@ -43,7 +37,7 @@ def run(run_dir: Path) -> None:
     paths = RunPaths(Path(run_dir))
     config = read_saved_config(paths.config)
     context = parallel.initialize(config.proxy.tensor_parallel, config.proxy.sequence_parallel, config.seed)
-    num_steps, directory = config.warmup.proxy_steps, paths.warmup_proxy
+    directory = paths.warmup_proxy
     with agreed(context):
         selection = Selection.open(warmup_run(config, paths).warmup_selection)
         data = WarmupData(selection, config, context)
@@ -52,45 +46,16 @@ def run(run_dir: Path) -> None:
     vocab_size = config.data.tokenizer.vocab_size
     model = build_language_model(config.proxy.model, vocab_size, context, config.proxy.recompute)
     adam = adam_settings(config.bilevel, config.warmup.proxy_lr)
-    space = MegatronSpace(model, context, adam, config.proxy.distributed_optimizer)
-    optimizer = space.optimizer(adam)
-    if done:
-        vectors = whole_vectors(optimizer)
-        checkpoints.load(directory, {checkpoints.MODEL: model}, {checkpoints.MODEL: vectors})
-        optimizer.load({name: space.own(vector) for name, vector in vectors.items()}, done)
-    progress = Progress("warmup-proxy", num_steps, start=done) if context.is_first else None
-    tracker = track(Job(config, paths, "warmup-proxy"), context.is_first, done)
-    metrics = MetricsLog(directory / "metrics.jsonl", done, tracker.log) if context.is_first else None
-    num_tokens, vote = 0, Vote(context.device)
-    for step in range(done, num_steps):
-        factor = lr_factor(step, num_steps, LR_WARMUP_FRACTION)
-        batches, batch_tokens = data.micro_batches(step)
-        loss, gradient = loss_and_gradient(model, space, batches, batch_tokens)
-        norm = optimizer.step(gradient, factor)
-        num_tokens += batch_tokens
-        done = step + 1
-        if done % config.target.log_interval == 0 or done == num_steps:
-            figures = {"loss": float(group_sum_(loss, space.dp_group)), "lr": config.warmup.proxy_lr * factor}
-            if progress is not None and metrics is not None:
-                progress.report(done, num_tokens, **figures)
-                metrics.write(done, **figures, gradient_norm=float(norm))
-        stops = vote() and done < num_steps
-        if done % config.target.save_interval == 0 or done == num_steps or stops:
-            vectors = whole_vectors(optimizer)
-            checkpoints.save(directory, done, {checkpoints.MODEL: model}, {checkpoints.MODEL: vectors}, {}, keep=1)
-        if stops:
-            stopping.leave("warmup-proxy", done, num_steps)
+    job = Job(config, paths, "warmup-proxy")
+    training = SideTraining(
+        job, directory, checkpoints.MODEL, config.warmup.proxy_steps, config.target.save_interval, adam
+    )
 
+    def step(space: ParameterSpace, number: int) -> tuple[Tensor, Vector, int]:
+        batches, num_tokens = data.micro_batches(number)
+        return *loss_and_gradient(model, space, batches, num_tokens), num_tokens
 
-def adam_settings(settings: BilevelConfig, lr: float) -> AdamSettings:
-    """Those of the side models: what `bilevel` says, and a learning rate."""
-    return AdamSettings(lr, settings.weight_decay, (settings.beta1, settings.beta2), settings.clip_grad)
-
-
-def whole_vectors(optimizer: Optimizer) -> dict[str, Vector]:
-    """Masters and moments as a checkpoint holds them. All ranks call it."""
-    vectors = {"master": optimizer.space.masters, **optimizer.moments()}
-    return {name: optimizer.space.whole(vector) for name, vector in vectors.items()}
+    train(training, model, context, done, step)
 
 
 def loss_and_gradient(
@@ -135,19 +100,16 @@ class WarmupData:
     def micro_batches(self, step: int) -> tuple[list[Batch], int]:
         """This rank's micro-batches of a step, and the number of predicted tokens of the global batch."""
         samples = self._sampler.batch(step, self._size)
-        draws = hash_positions(derive(self._seed, "window"), np.arange(step * self._size, (step + 1) * self._size))
-        pieces = []
-        for (index, sequence_id), draw in zip(samples, draws.tolist(), strict=True):
-            sequence = self._shards[index][sequence_id]
-            windows = cut_windows(len(sequence), self._sequence_length)
-            start, stop = windows[draw % len(windows)]
-            pieces.append(sequence[start:stop])
+        sequences = [self._shards[index][sequence_id] for index, sequence_id in samples]
+        lengths, seed = [len(sequence) for sequence in sequences], derive(self._seed, "window")
+        windows = drawn_windows(lengths, self._sequence_length, seed, first=step * self._size)
+        pieces = [sequence[window] for sequence, window in zip(sequences, windows, strict=True)]
         num_tokens = sum(max(len(piece) - 1, 0) for piece in pieces)
         mine = pieces[self._context.dp_rank :: self._context.dp_size]
         multiple = self._context.length_multiple
-        lengths = np.array([max(len(piece) - 1, 0) for piece in mine])
+        positions = np.array([max(len(piece) - 1, 0) for piece in mine])
         batches = [
             make_batch([mine[member] for member in members], self._context.device, multiple)
-            for members in bucket(lengths, self._micro_batch_tokens, multiple)
+            for members in bucket(positions, self._micro_batch_tokens, multiple)
         ]
         return batches, max(num_tokens, 1)
