@@ -1,27 +1,47 @@
 """Runs a test's function on several ranks (gloo on CPU), with ranks that hang killed and named.
 
-    def work(rank: int, value: int) -> float: ...          # at module level: ranks are fresh processes
+    def work(rank: int, value: int) -> float: ...          # at module level: ranks import it
     results = run_ranks(work, 2, 5, timeout=60)             # one result a rank
 
 Ranks find the usual variables of torchrun, so `parallel.initialize()` or `init_process_group()` work in them.
 Results travel by pickle: return numbers, strings and numpy arrays, not tensors.
+
+Ranks are forks of a process that has imported torch and Megatron, which takes five seconds, and nothing of this
+project: what they do with either, they do alone.
 """
 
 import multiprocessing
 import os
-import socket
+import pickle
 import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerProcess
 from typing import Any
 from unittest.mock import patch
 
+from torch.distributed import TCPStore
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+_ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # read when torch is imported
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["torch", "megatron.training.training"])
+
+
+def meeting_place() -> tuple[TCPStore, dict[str, str]]:
+    """A store for ranks to meet at, and what tells them of it, as torchrun's agent does. Its port is taken for as long
+    as it is held; one that is looked for before it is used may be gone by then."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    return store, told
+
+
+def forked(target: Callable[..., None], *args: Any) -> ForkServerProcess:
+    """A process at work on `target(*args)`, in which torch and Megatron are imported already."""
+    process = _CONTEXT.Process(target=target, args=args)
+    with patch.dict(os.environ, _ONE_THREAD):  # of the process that is forked, if it is started now
+        process.start()
+    return process
 
 
 def run_ranks(function: Callable[..., Any], num_ranks: int, *args: Any, timeout: float = 120) -> list[Any]:
@@ -30,19 +50,15 @@ def run_ranks(function: Callable[..., Any], num_ranks: int, *args: Any, timeout:
     :param timeout: seconds for all ranks together; those that still run then are killed.
     :raises AssertionError: with the traceback of the first rank that failed, or the ranks that hung.
     """
-    context = multiprocessing.get_context("spawn")
-    environment = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port() if num_ranks > 1 else 0),
-        "OMP_NUM_THREADS": "1",
-    }
+    _store, told = meeting_place()
+    environment = dict(os.environ) | told | _ONE_THREAD
     environment |= {"WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks)}
-    pipes = [context.Pipe(duplex=False) for _ in range(num_ranks)]
-    processes = [context.Process(target=_rank, args=(rank, pipe[1], function, args)) for rank, pipe in enumerate(pipes)]
-    for rank, process in enumerate(processes):
-        # inherited, so that it is there before the function's module is imported
-        with patch.dict(os.environ, environment, RANK=str(rank), LOCAL_RANK=str(rank)):
-            process.start()
+    pipes = [_CONTEXT.Pipe(duplex=False) for _ in range(num_ranks)]
+    work = pickle.dumps((function, args))
+    processes = []
+    for rank, (_, sender) in enumerate(pipes):
+        own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        processes.append(forked(_rank, rank, own, sender, work))
     for _, sender in pipes:
         sender.close()
     try:
@@ -54,8 +70,11 @@ def run_ranks(function: Callable[..., Any], num_ranks: int, *args: Any, timeout:
             process.join()
 
 
-def _rank(rank: int, sender: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _rank(rank: int, environment: dict[str, str], sender: Connection, work: bytes) -> None:
+    os.environ.clear()
+    os.environ.update(environment)  # before the function's module is imported
     try:
+        function, args = pickle.loads(work)
         sender.send((True, function(rank, *args)))
     except BaseException:
         sender.send((False, traceback.format_exc()))

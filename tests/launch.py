@@ -1,45 +1,70 @@
-"""Starts a command on several ranks as torchrun would, with ranks that hang killed, and reads Megatron's log."""
+"""Starts a command on several ranks as torchrun would, with ranks that hang killed, and reads Megatron's log.
 
+In its processes torch and Megatron are imported already (`tests.distributed`). Whole runs (`tests.tiny_run`), and one
+training in tests/test_pretrain.py, are started as users start them.
+"""
+
+import atexit
 import os
 import re
-import subprocess
+import runpy
 import sys
 import time
+import warnings
 from collections.abc import Sequence
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
-from tests.distributed import free_port
+from torch.distributed import TCPStore
+
+from tests.distributed import forked, meeting_place
 
 ROOT = Path(__file__).parent.parent
+_STORES: WeakKeyDictionary[ForkServerProcess, TCPStore] = WeakKeyDictionary()  # held for as long as its ranks are
 
 
-def start(module: str, words: Sequence[str | Path], log: Path, num_ranks: int = 1) -> list[subprocess.Popen[bytes]]:
+def start(module: str, words: Sequence[str | Path], log: Path, num_ranks: int = 1) -> list[ForkServerProcess]:
     """Processes of `python -m module words…`, one a rank, that write to log.RANK; a single one is told no rank."""
     processes = []
-    port = str(free_port())
+    store, told = meeting_place()
     for rank in range(num_ranks):
         environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
         environment |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(ROOT)}
         if num_ranks > 1:
             environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
-            environment |= {"LOCAL_WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        with open(f"{log}.{rank}", "wb") as stream:
-            command = [sys.executable, "-m", module, *map(str, words)]
-            processes.append(subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env=environment))
+            environment |= {"LOCAL_WORLD_SIZE": str(num_ranks)} | told
+        processes.append(forked(_run_module, module, list(map(str, words)), f"{log}.{rank}", environment))
+        _STORES[processes[-1]] = store
     return processes
 
 
-def finish(processes: list[subprocess.Popen[bytes]], timeout: float) -> list[int | None]:
+def _run_module(module: str, words: list[str], log: str, environment: dict[str, str]) -> None:
+    """`python -m module words…`."""
+    os.environ.clear()
+    os.environ.update(environment)
+    with open(log, "wb") as stream:
+        for number in (1, 2):
+            os.dup2(stream.fileno(), number)
+    warnings.simplefilter("ignore")
+    sys.argv = [module, *words]
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    finally:
+        atexit._run_exitfuncs()  # a forked process does not of itself
+
+
+def finish(processes: list[ForkServerProcess], timeout: float) -> list[int | None]:
     """Exit codes; None for ranks that were killed because they did not end in time, or a fellow of theirs failed."""
     deadline = time.monotonic() + timeout
-    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
-        if any(process.poll() for process in processes):
+    while any(process.exitcode is None for process in processes) and time.monotonic() < deadline:
+        if any(process.exitcode for process in processes):
             deadline = min(deadline, time.monotonic() + 2)
         time.sleep(0.02)
-    codes = [process.poll() for process in processes]
+    codes = [process.exitcode for process in processes]
     for process in processes:
         process.kill()
-        process.wait()
+        process.join()
     return codes
 
 

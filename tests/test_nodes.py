@@ -1,6 +1,7 @@
 """One plan on several machines: who starts what, what happens when one fails or is gone, and the same files."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -17,7 +18,6 @@ from megatron_bliss.orchestration import state
 from megatron_bliss.orchestration.nodes import Nodes, endpoint_of_torchrun
 from megatron_bliss.orchestration.plan import plan
 from megatron_bliss.orchestration.processes import RUN_VARIABLE
-from tests.distributed import free_port
 from tests.fake_run import fake_config, journal
 from tests.test_run import outcome
 from tests.tiny_run import command, megatron_bliss, tiny_config
@@ -101,7 +101,8 @@ def test_two_nodes_write_what_one_with_two_ranks_does(tmp_path: Path) -> None:
     settings, one, two = tiny_config(tmp_path, rounds=1), tmp_path / "one", tmp_path / "two"
     done = megatron_bliss("run", settings, "--run", one, "launch.nproc_per_node=2", "launch.concurrency=1")
     assert done.returncode == 0, done.stdout + done.stderr
-    together = ["--launcher", "torchrun", "--nnodes", "2", "--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
+    port = 10_000 + os.getpid() % 20_000  # it and those after it are none that the system hands out
+    together = ["--launcher", "torchrun", "--nnodes", "2", "--rdzv-endpoint", f"127.0.0.1:{port}"]
     words = command("run", settings, "--run", two, "launch.concurrency=1", *together, "--node-rank")
     processes = [
         subprocess.Popen([*words, rank], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for rank in "01"

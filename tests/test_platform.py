@@ -1,5 +1,6 @@
 """The stand-ins for CUDA: they are complete enough for Megatron, and gone where there is a GPU."""
 
+import multiprocessing
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from megatron_bliss.errors import UserError
 from tests.distributed import run_ranks
 
 
-def _names_replaced_beside_a_gpu(rank: int) -> list[str]:
+def _names_replaced_beside_a_gpu() -> list[str]:
     import torch
 
     def everything() -> dict[str, Any]:
@@ -33,7 +34,8 @@ def _names_replaced_beside_a_gpu(rank: int) -> list[str]:
 
 
 def test_nothing_is_replaced_where_there_is_a_gpu() -> None:
-    assert run_ranks(_names_replaced_beside_a_gpu, 1) == [[]]
+    with multiprocessing.get_context("spawn").Pool(1) as pool:  # nothing is imported in it
+        assert pool.apply(_names_replaced_beside_a_gpu) == []
 
 
 def _what_stands_in(rank: int) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 import os
 import re
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -55,8 +57,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def plain(folder: Path) -> dict[int, str]:
     """Losses of the user's script on one rank, without a selection; it leaves a checkpoint at half way."""
-    words = [USER_SCRIPT, *user_arguments(folder, "--save", str(folder / "checkpoint"))]
-    found = losses(run("megatron_bliss.hooks", words, folder / "plain.log"))
+    words = [str(USER_SCRIPT), *user_arguments(folder, "--save", str(folder / "checkpoint"))]
+    done = subprocess.run([sys.executable, "-m", "megatron_bliss.hooks", *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = losses(done.stdout)
     assert sorted(found) == [1, *range(3, STEPS + 1)]
     assert float(found[STEPS]) < float(found[1]) - 0.1  # it learns
     return found
@@ -139,7 +143,7 @@ def test_a_killed_round_resumes_to_the_same_numbers(
     log = tmp_path / "killed.log"
     [process] = start("megatron_bliss.cli", command, log)
     deadline = time.monotonic() + 120
-    while read_iteration(again.target) is None and process.poll() is None and time.monotonic() < deadline:
+    while read_iteration(again.target) is None and process.exitcode is None and time.monotonic() < deadline:
         time.sleep(0.002)
     process.kill()
     assert finish([process], 10) == [-9]

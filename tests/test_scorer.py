@@ -147,7 +147,7 @@ def test_killed_jobs_leave_the_same_bytes_to_any_number_of_others(
         time.sleep(draws.random() * 0.05)
         for process in [process for job in jobs for process in job]:
             process.kill()
-            process.wait()
+            process.join()
         killed_at_work += not (scores / "manifest.json").exists()
     assert killed_at_work
     for job in start(2, 3):
