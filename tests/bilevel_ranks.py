@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
@@ -309,6 +310,24 @@ def losses(context: ParallelContext) -> dict[str, Any]:
     return errors
 
 
+def kill_bilevel(run: Path, steps: int) -> None:
+    """The stage in round 1, killed after so many steps."""
+    step, count = bilevel.BilevelLoop.step, []
+
+    def step_and_die(self: Any, *args: Any) -> Any:
+        if len(count) == steps:
+            raise KeyboardInterrupt
+        count.append(1)
+        return step(self, *args)
+
+    bilevel.BilevelLoop.step = step_and_die  # type: ignore[method-assign]
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            bilevel.run(run, 1)
+    finally:
+        bilevel.BilevelLoop.step = step  # type: ignore[method-assign]
+
+
 def _stage(folder: Path) -> dict[str, Any]:
     """The stage undisturbed, and stopped between checkpoints and continued."""
     for name in ("run", "killed"):
@@ -316,23 +335,9 @@ def _stage(folder: Path) -> dict[str, Any]:
     for layout in LAYOUTS:
         shutil.copytree(RunPaths(folder / "run").warmup_proxy, RunPaths(folder / f"run-{layout}").warmup_proxy)
     bilevel.run(folder / "run", 1)
-    step, count = bilevel.BilevelLoop.step, []
-
-    def step_and_die(self: Any, *args: Any) -> Any:
-        if len(count) == 4:
-            raise KeyboardInterrupt
-        count.append(1)
-        return step(self, *args)
-
-    bilevel.BilevelLoop.step = step_and_die  # type: ignore[method-assign]
-    try:
-        bilevel.run(folder / "killed", 1)
-    except KeyboardInterrupt:
-        reached = checkpoint_files.read_iteration(RunPaths(folder / "killed").bilevel(1))
-    finally:
-        bilevel.BilevelLoop.step = step  # type: ignore[method-assign]
+    kill_bilevel(folder / "killed", steps=4)
+    results: dict[str, Any] = {"reached": checkpoint_files.read_iteration(RunPaths(folder / "killed").bilevel(1))}
     bilevel.run(folder / "killed", 1)
-    results: dict[str, Any] = {"reached": reached}
     for name in ("run", "killed"):
         results[name] = {"metrics": metrics(folder / name), "parameters": _final(folder / name)}
     bilevel.run(folder / "run", 1)  # finished: nothing changes

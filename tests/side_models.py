@@ -1,6 +1,7 @@
 """Ranks' work for tests/test_side_models.py: models, checkpoints, warm-up and scoring in several layouts."""
 
 import contextlib
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from megatron_bliss.mcore.models import build_language_model, logits, token_loss
 from megatron_bliss.mcore.parallel import ParallelContext
 from megatron_bliss.mcore.score_model import build_score_model
 from megatron_bliss.mcore.space import MegatronSpace
-from megatron_bliss.stages import score, warmup_proxy
+from megatron_bliss.stages import inventory, score, select, warmup_proxy
 from megatron_bliss.stages.warmup_proxy import loss_and_gradient
+from tests.tiny_run import tiny_config
 
 VOCAB_SIZE = 200
 MODELS = {
@@ -233,6 +235,18 @@ def save_score_model(folder: Path) -> None:
 def read_scores(folder: Path) -> dict[str, np.ndarray]:
     paths = RunPaths(folder)
     return {r.name: np.load(paths.scores(1) / f"{r.name}.npy") for r in Inventory.read(paths.inventory).pool}
+
+
+def selected_run(folder: Path, **changes: Any) -> Path:
+    """`folder/run`, a tiny run without controls up to its warm-up's selection; settings are changed as by
+    `edit_config`."""
+    run = folder / "run"
+    run.mkdir()
+    shutil.copy(tiny_config(folder, control=False), run / "run.yaml")
+    edit_config(run, **changes)
+    inventory.run(run)
+    select.run(run, None)
+    return run
 
 
 def edit_config(folder: Path, **changes: Any) -> RunConfig:

@@ -13,9 +13,15 @@ from megatron_bliss.data import target_cache
 from megatron_bliss.mcore import parallel
 from megatron_bliss.mcore.stopping import Vote
 from megatron_bliss.stages import bilevel, cache_target, fidelity, fit_influence, influence, score, warmup_proxy
-from tests.side_models import edit_config
 from tests.target_cache_ranks import save_target
 
+# Settings with which every stage has a few steps.
+SMALL: dict[str, Any] = {
+    "data__sequence_length": 20, "bilevel__gamma": 0.5, "bilevel__kl_source": "cached", "bilevel__kl_top_k": 16,
+    "bilevel__outer_steps": 8, "scoring__chunk_sequences": 60, "target__save_interval": 5,
+    "mates__sample_size": 40, "mates__reference_sequences": 8, "mates__checkpoint_interval": 10,
+    "mates__fit_batch_size": 8, "mates__fit_epochs": 2, "fidelity__sequences": 20,
+}  # fmt: skip
 STAGES: dict[str, Callable[[Path], None]] = {
     "warmup-proxy": warmup_proxy.run,
     "cache-target": lambda run: cache_target.run(run, 1),
@@ -93,13 +99,3 @@ def votes(rank: int) -> list[Any]:
             stopping._received.append(10)
         if vote():
             return [step, len(reductions)]
-
-
-def small(run: Path) -> None:
-    """Settings with which every stage has a few steps."""
-    edit_config(
-        run, data__sequence_length=20, bilevel__gamma=0.5, bilevel__kl_source="cached", bilevel__kl_top_k=16,
-        bilevel__outer_steps=8, scoring__chunk_sequences=60, target__save_interval=5,
-        mates__sample_size=40, mates__reference_sequences=8, mates__checkpoint_interval=10, mates__fit_batch_size=8,
-        mates__fit_epochs=2, fidelity__sequences=20,
-    )  # fmt: skip

@@ -14,11 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_bliss.stages import inventory, select
 from tests.bilevel_ranks import LAYOUTS, one_rank, two_ranks
 from tests.distributed import run_ranks
-from tests.side_models import edit_config
-from tests.tiny_run import tiny_config
+from tests.side_models import selected_run
 
 ROUNDING = 1e-5
 DIFFERENCES = 1e-3
@@ -28,13 +26,7 @@ DIFFERENCES = 1e-3
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run directories up to the warm-up's selection, one for each layout; sequences are longer than a window."""
     folder = tmp_path_factory.mktemp("bilevel")
-    settings = tiny_config(folder, control=False)
-    run = folder / "run"
-    run.mkdir()
-    shutil.copy(settings, run / "run.yaml")
-    edit_config(run, data__sequence_length=20, bilevel__gamma=0.0, bilevel__outer_steps=5)
-    inventory.run(run)
-    select.run(run, None)
+    run = selected_run(folder, data__sequence_length=20, bilevel__gamma=0.0, bilevel__outer_steps=5)
     for name in ("killed", *(f"run-{layout}" for layout in LAYOUTS)):
         shutil.copytree(run, folder / name)
     return folder

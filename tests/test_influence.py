@@ -5,7 +5,6 @@ Influences of float32 models are differences of two losses near 5, which roundin
 """
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,10 @@ from megatron_bliss.config import load_config
 from megatron_bliss.errors import UserError
 from megatron_bliss.methods.mates import Mates
 from megatron_bliss.orchestration.plan import plan
-from megatron_bliss.stages import inventory, select
 from tests.distributed import run_ranks
 from tests.influence_ranks import LAYOUTS, one_rank, two_ranks
-from tests.side_models import edit_config
+from tests.side_models import selected_run
+from tests.test_tracking import board
 from tests.tiny_run import tiny_config
 
 TOLERANCE = 1e-5  # nats, of float32 influences
@@ -77,15 +76,11 @@ def test_a_probe_takes_a_step_of_adam_and_takes_it_back() -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run up to its warm-up's selection; sequences are longer than a window."""
     folder = tmp_path_factory.mktemp("influence")
-    settings = tiny_config(folder, control=False)
-    run = folder / "run"
-    run.mkdir()
-    shutil.copy(settings, run / "run.yaml")
-    edit_config(run, method="mates", data__sequence_length=20, warmup__proxy_steps=60, target__log_interval=5)
-    edit_config(run, mates__sample_size=SAMPLE, mates__reference_sequences=16, mates__held_out=0.2)
-    edit_config(run, mates__fit_batch_size=8, mates__fit_lr=1e-3, mates__fit_epochs=3, mates__checkpoint_interval=16)
-    inventory.run(run)
-    select.run(run, None)
+    selected_run(
+        folder, method="mates", data__sequence_length=20, warmup__proxy_steps=60, target__log_interval=5,
+        mates__sample_size=SAMPLE, mates__reference_sequences=16, mates__held_out=0.2, mates__fit_batch_size=8,
+        mates__fit_lr=1e-3, mates__fit_epochs=3, mates__checkpoint_interval=16,
+    )  # fmt: skip
     return folder
 
 
@@ -144,6 +139,9 @@ def test_two_ranks_measure_and_fit_the_same(folder: Path, one: dict[str, Any]) -
         )
         np.testing.assert_allclose(found, expected, rtol=1e-3)
         assert first[layout]["fit"]["fitted_spearman"] == pytest.approx(one["fit"]["fitted_spearman"], abs=0.01)
+    lines = [json.loads(line) for line in first["dp"]["metrics"].splitlines()]
+    tracked = board(folder / "run-dp", "round-0001/fit-influence", "loss")
+    assert tracked == pytest.approx({line["step"]: line["loss"] for line in lines}, rel=1e-6)
 
 
 def test_the_plan_probes_before_it_fits_and_scores(tmp_path: Path) -> None:

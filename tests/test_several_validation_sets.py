@@ -20,6 +20,7 @@ from megatron_bliss.errors import UserError
 from megatron_bliss.mcore.online_data import ValidationSamples
 from megatron_bliss.stages import bilevel, inventory, ngrams, select, warmup_proxy
 from megatron_bliss.stages.evaluate import over_sets, refuse_divergence
+from tests.bilevel_ranks import kill_bilevel
 from tests.distributed import run_ranks
 from tests.side_models import edit_config
 from tests.tiny_run import tiny_config, write_chain_shard
@@ -163,21 +164,7 @@ def one_rank(rank: int, folder: Path) -> dict[str, Any]:
     for name in ("run", "killed"):
         warmup_proxy.run(folder / name)
     bilevel.run(folder / "run", 1)
-    step, count = bilevel.BilevelLoop.step, []
-
-    def step_and_die(self: Any, *args: Any) -> Any:
-        if len(count) == 4:
-            raise KeyboardInterrupt
-        count.append(1)
-        return step(self, *args)
-
-    bilevel.BilevelLoop.step = step_and_die  # type: ignore[method-assign]
-    try:
-        bilevel.run(folder / "killed", 1)
-    except KeyboardInterrupt:
-        pass
-    finally:
-        bilevel.BilevelLoop.step = step  # type: ignore[method-assign]
+    kill_bilevel(folder / "killed", steps=4)
     bilevel.run(folder / "killed", 1)
     return {name: metrics(folder / name) for name in ("run", "killed")}
 

@@ -14,10 +14,8 @@ import numpy as np
 import pytest
 
 from megatron_bliss.errors import UserError
-from megatron_bliss.stages import inventory, select
 from tests.distributed import run_ranks
-from tests.side_models import LAYOUTS, MODELS, edit_config, one_rank, two_ranks
-from tests.tiny_run import tiny_config
+from tests.side_models import LAYOUTS, MODELS, one_rank, selected_run, two_ranks
 
 CASES = [(layout, name) for layout in LAYOUTS for name in MODELS]
 
@@ -27,14 +25,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run directories up to the warm-up's selection, one for each layout, with one shard of sequences longer than a
     window."""
     folder = tmp_path_factory.mktemp("side")
-    settings = tiny_config(folder, control=False)
-    run = folder / "run"
-    run.mkdir()
-    shutil.copy(settings, run / "run.yaml")
-    edit_config(run, data__sequence_length=20, target__log_interval=1, target__save_interval=4)
-    edit_config(run, warmup__proxy_steps=10, scoring__batch_tokens=512)
-    inventory.run(run)
-    select.run(run, None)
+    run = selected_run(
+        folder, data__sequence_length=20, target__log_interval=1, target__save_interval=4, warmup__proxy_steps=10,
+        scoring__batch_tokens=512,
+    )  # fmt: skip
     for name in ("killed", *(f"run-{layout}" for layout in LAYOUTS)):
         shutil.copytree(run, folder / name)
     return folder

@@ -11,10 +11,10 @@ import pytest
 
 from megatron_bliss import stopping
 from megatron_bliss.artifacts import RunPaths
-from megatron_bliss.stages import inventory, ngrams, select
+from megatron_bliss.stages import inventory, ngrams
 from tests.distributed import run_ranks
-from tests.stopping_ranks import STAGES, prepare, small, stop_stages, votes
-from tests.tiny_run import tiny_config
+from tests.side_models import selected_run
+from tests.stopping_ranks import SMALL, STAGES, prepare, stop_stages, votes
 from tests.toy_shards import write_run
 
 
@@ -60,12 +60,7 @@ def test_ranks_of_different_pace_stop_at_the_same_step() -> None:
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("stopped")
-    whole = folder / "whole"
-    whole.mkdir()
-    shutil.copy(tiny_config(folder, control=False), whole / "run.yaml")
-    small(whole)
-    inventory.run(whole)
-    select.run(whole, None)
+    whole = selected_run(folder, **SMALL)
     run_ranks(prepare, 1, whole)
     shutil.copytree(whole, folder / "stopped")
     return run_ranks(stop_stages, 2, whole, folder / "stopped", timeout=300)

@@ -1,32 +1,22 @@
 """The LLM's checkpoints in the side processes: trained by Megatron at TP 2, read at TP 1; the evaluate stage."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megatron_bliss.config import read_saved_config, save_config
-from megatron_bliss.stages import inventory, select
 from tests import launch
 from tests.distributed import run_ranks
+from tests.side_models import selected_run
 from tests.target_models import read_target
-from tests.tiny_run import tiny_config
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose LLM was warmed up by Megatron at TP 2 and measured on two ranks, after a decay branch."""
     folder = tmp_path_factory.mktemp("target")
-    run = folder / "run"
-    run.mkdir()
-    shutil.copy(tiny_config(folder, control=False), run / "run.yaml")
-    config = read_saved_config(run / "run.yaml")
-    config.target.tensor_parallel, config.evaluation.max_sequences = 2, 1000
-    save_config(config, run / "run.yaml")
-    inventory.run(run)
-    select.run(run, None)
+    run = selected_run(folder, target__tensor_parallel=2, evaluation__max_sequences=1000)
     launch.run("megatron_bliss.cli", ["warmup-target", "--run", run], folder / "warmup.log", num_ranks=2, timeout=300)
     launch.run("tests.target_models", [run], folder / "evaluate.log", num_ranks=2, timeout=300)
     return run

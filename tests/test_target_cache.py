@@ -5,7 +5,6 @@ those that central differences have a part in to 2e-3, of the largest in the run
 """
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,8 @@ from megatron_bliss.data.target_cache import Purpose, bytes_per_token, id_dtype
 from megatron_bliss.errors import UserError
 from megatron_bliss.orchestration.cost import arm_costs
 from megatron_bliss.orchestration.plan import arms, plan
-from megatron_bliss.stages import inventory, select
 from tests.distributed import run_ranks
-from tests.side_models import edit_config
+from tests.side_models import selected_run
 from tests.target_cache_ranks import LAYOUTS, one_rank, two_ranks
 from tests.tiny_run import megatron_bliss, tiny_config
 
@@ -28,17 +26,10 @@ DIFFERENCES = ("z_norm", "residual", "score_gradient_norm", "score_mean", "score
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("cache")
-    run = folder / "run"
-    run.mkdir()
-    shutil.copy(tiny_config(folder, control=False), run / "run.yaml")
-    edit_config(
-        run, data__sequence_length=20, bilevel__gamma=0.5, bilevel__outer_steps=10, bilevel__kl_source="cached",
-        bilevel__kl_top_k=16, target__micro_batch_size=3,
+    return selected_run(
+        tmp_path_factory.mktemp("cache"), data__sequence_length=20, bilevel__gamma=0.5, bilevel__outer_steps=10,
+        bilevel__kl_source="cached", bilevel__kl_top_k=16, target__micro_batch_size=3,
     )  # fmt: skip
-    inventory.run(run)
-    select.run(run, None)
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -3,10 +3,8 @@
 import json
 import os
 
-from megatron.core.enums import ModelType
-from megatron.training import get_args, inprocess_restart, pretrain
-from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
-from megatron.training.arguments import parse_and_validate_args
+from megatron.training import get_args
+from packaged import train
 
 from megatron_bliss.mcore import pretrain_gpt
 
@@ -29,8 +27,4 @@ def forward_step(data_iterator, model):
 
 
 if __name__ == "__main__":
-    pretrain_gpt.datasets_provider.is_distributed = True
-    pretrain, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
-    arguments = parse_and_validate_args(args_defaults={"tokenizer_type": "GPT2BPETokenizer"})
-    container = pretrain_cfg_container_from_args(arguments, gpt_config_from_args(arguments))
-    pretrain(container, pretrain_gpt.datasets_provider, ModelType.encoder_or_decoder, forward_step, store=store)
+    train(forward_step)
