@@ -14,6 +14,7 @@ from tests.slurm.chain import Chain, ranks_of_task, small_jobs
 PRETRAIN, SCORE = "round-0001/pretrain", "round-0002/score"
 
 
+@pytest.mark.slow
 @pytest.mark.slurm
 def test_a_disturbed_run_over_two_nodes_ends_as_run_does(finished: tuple[Path, Path], tmp_path: Path) -> None:
     settings, reference = finished
