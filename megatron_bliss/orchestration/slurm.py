@@ -184,7 +184,8 @@ def submitted(run_dir: Path) -> dict[str, _Submitted]:
 
 def submit(config: RunConfig, run_dir: Path) -> None:
     """Submit a job for every stage that is not done and has none. Called again, it leaves jobs alone that wait or run,
-    replaces those that ended without their stage being done, and makes an array as large as the settings say.
+    replaces those that ended without their stage being done, releases those that Slurm holds since a launch failed, and
+    makes an array as large as the settings say.
 
     :raises UserError: if the run is in use or its settings changed, or Slurm refuses a job; those before it stay.
     """
@@ -233,6 +234,8 @@ class _Chain:
             surplus = sorted(alive, key=lambda job: job.state == "PENDING", reverse=True)
             self._end(surplus[: len(alive) - request.num_tasks])
             alive = [job for job in alive if job not in surplus[: len(alive) - request.num_tasks]]
+        if held := [job for job in alive if job.is_held]:
+            self._release(held)
         jobs = {job.array for job in alive}
         if not alive:
             jobs = {self._submit(request.command(after), stage.name)}
@@ -263,6 +266,14 @@ class _Chain:
         self.num_new += 1
         self._console.print(f"job {number}: {name}", soft_wrap=True, highlight=False)
         return number
+
+    def _release(self, jobs: list[Job]) -> None:
+        slurm_queue.call(["scontrol", "release", *(job.id for job in jobs)])
+        self._console.print(
+            f"released {', '.join(job.id for job in jobs)} ({jobs[0].stage}): a node had failed to start it",
+            soft_wrap=True,
+            highlight=False,
+        )
 
     def _end(self, jobs: list[Job]) -> None:
         slurm_queue.call(["scancel", *(job.id for job in jobs)])

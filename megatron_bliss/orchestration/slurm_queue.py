@@ -15,6 +15,7 @@ from megatron_bliss.errors import UserError
 _MARK = "megatron-bliss:"
 _FIELDS = "%i|%T|%r|%N|%k"  # id, state, reason, nodes, comment
 _ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
+_HELD = "launch failed requeued held"  # as squeue writes it
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<parts>\d+(?::\d+){0,2})")
 
 
@@ -31,6 +32,11 @@ class Job:
     @property
     def is_alive(self) -> bool:
         return self.state not in _ENDED
+
+    @property
+    def is_held(self) -> bool:
+        """Whether Slurm itself holds it, as it does after a node could not start it, until somebody releases it."""
+        return self.reason == _HELD
 
     @property
     def array(self) -> str:

@@ -156,6 +156,11 @@ class _Jobs:
             job = alive[0]
             if job.reason == "DependencyNeverSatisfied":
                 return "stuck", f"job {job.array} waits for one that failed; `megatron-bliss submit` replaces it"
+            if job.is_held:
+                return (
+                    "stuck",
+                    f"job {job.array} is held since its launch failed; `megatron-bliss submit` releases it",
+                )
             again = f"again, as {record.note}: " if record.note else ""
             return "queued", f"{again}job {job.array} waits ({job.reason})"
         if stage not in self._submitted:

@@ -61,13 +61,13 @@ class Chain:
         (chain.run_dir / "behaviour.json").write_text(json.dumps(behaviour))
         return chain
 
-    def cli(self, *words: object, code: int = 0) -> str:
-        done = self.bed.call(sys.executable, "-m", "megatron_bliss.cli", *map(str, words), **self.variables)
+    def cli(self, *words: object, code: int = 0, **variables: str) -> str:
+        done = self.bed.call(sys.executable, "-m", "megatron_bliss.cli", *map(str, words), **self.variables | variables)
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout + done.stderr
 
-    def submit(self, *words: str, code: int = 0) -> str:
-        return self.cli("submit", self.config, "--run", self.run_dir, *words, code=code)
+    def submit(self, *words: str, code: int = 0, **variables: str) -> str:
+        return self.cli("submit", self.config, "--run", self.run_dir, *words, code=code, **variables)
 
     def records(self) -> dict[str, dict[str, Any]]:
         path = self.run_dir / "state.json"

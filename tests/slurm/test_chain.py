@@ -3,6 +3,7 @@ again, given up, and what `status` says of it."""
 
 import os
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,13 +54,18 @@ def test_resubmitting_keeps_what_waits_and_replaces_what_is_gone(bed: Cluster, t
     assert len(chain.jobs()["round-0001/score"]) == 1
     assert "12 queued" in chain.cli("status", chain.run_dir)
     assert "has jobs in Slurm's queue" in chain.cli("run", chain.config, "--run", chain.run_dir, code=2)
+    squeue = tmp_path / "squeue"
+    squeue.write_text(
+        f"#!/bin/sh\n{shutil.which('squeue')} \"$@\" | sed 's/|PENDING|[^|]*|/|PENDING|launch failed requeued held|/'\n"
+    )
+    squeue.chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    assert re.search(r"inventory +stuck +job \d+ is held", chain.cli("status", chain.run_dir, PATH=path))
+    assert f"released {chain.jobs()['inventory'][0]} (inventory)" in chain.submit(PATH=path)
     chain.cli("cancel", chain.run_dir)
     assert not chain.jobs()
     assert "none of the run's jobs is left" in chain.cli("status", chain.run_dir)
-    squeue = tmp_path / "squeue"
     squeue.write_text("#!/bin/sh\necho 'Unable to contact slurm controller' >&2\nexit 1\n")
-    squeue.chmod(0o755)
-    path = f"{tmp_path}:{os.environ['PATH']}"
     silent = bed.call(sys.executable, "-m", "megatron_bliss.cli", "status", chain.run_dir, PATH=path)
     assert silent.returncode == 0, "the files say enough"
     assert "is missing above: squeue failed: Unable to contact slurm controller" in silent.stdout
