@@ -19,6 +19,7 @@ from megatron_bliss.errors import StageError, StoppedError, user_errors
 from megatron_bliss.orchestration import local
 from megatron_bliss.orchestration.plan import Stage
 
+POLL_INTERVAL = 0.02  # seconds, of the launcher
 _STAGE = str(Path(__file__).with_name("fake_stage.py"))
 
 
@@ -59,6 +60,7 @@ def journal(path: Path) -> list[tuple[str, str, int]]:
 
 
 def main() -> None:
+    local._POLL_INTERVAL = POLL_INTERVAL
     config, run_dir, behaviour = read_saved_config(Path(sys.argv[1])), Path(sys.argv[2]), json.loads(sys.argv[3])
     with user_errors():
         try:

@@ -34,7 +34,7 @@ from megatron_bliss.orchestration.logs import Pace, user_error
 from megatron_bliss.orchestration.plan import Stage, arms, by_urgency, plan
 from megatron_bliss.orchestration.processes import RUN_VARIABLE
 from megatron_bliss.progress import Reading
-from tests.fake_run import fake_command, fake_config, journal
+from tests.fake_run import POLL_INTERVAL, fake_command, fake_config, journal
 
 EVERY_METHOD = [
     fake_config(),
@@ -277,7 +277,9 @@ def test_processes_update_the_state_side_by_side(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def behaviour(tmp_path: Path) -> dict[str, Any]:
+def behaviour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Of stages that take no time, so that what the launcher waits between two looks would be most of it."""
+    monkeypatch.setattr(local, "_POLL_INTERVAL", POLL_INTERVAL)
     return {"journal": str(tmp_path / "journal"), "seconds": 0.02}
 
 
