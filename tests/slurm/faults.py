@@ -114,8 +114,8 @@ def preempt(chain: Chain) -> str:
     chain.bed.call("scancel", "--batch", "--signal=USR2", number)
     chain.wait_for(lambda: chain.records()[PRETRAIN]["attempts"] == 2)
     log = (chain.run_dir / chain.records()[PRETRAIN]["log"]).read_text()
-    assert "stopped at" in log, "it saved nothing when it was asked to stop"
-    return "USR2: " + next(line for line in log.splitlines() if "stopped at" in line)
+    assert "| stopped;" in log, "it did not stop when it was asked to"
+    return "USR2: " + next(line for line in log.splitlines() if "| stopped;" in line)
 
 
 def cancel_and_resubmit(chain: Chain) -> str:
