@@ -15,7 +15,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -229,22 +229,21 @@ def own_disk(folder: Path, size: str) -> Iterator[None]:
 def try_fault(name: str, bed: Cluster, folder: Path, config: RunConfig, reference: Path) -> tuple[bool, str]:
     """Whether the run ended as the reference, and what was done to it."""
     fault = FAULTS[name]
-    with own_disk(folder, fault.disk):
-        if fault.begins:
-            begin_with(fault.begins, reference, folder / "run")
-        chain = Chain(bed, folder, submitted_settings(config, fault), SLOW_STEP=str(fault.slow_step))
-        try:
-            chain.submit()
-            done = fault.act(chain)
-            chain.wait()
-            if not chain.is_done():
-                return False, f"{done}; the chain ended early:\n{chain.cli('status', chain.run_dir)}"
-            return outcome(chain.run_dir) == outcome(reference), done
-        except AssertionError as error:
-            return False, str(error)
-        finally:
-            with suppress(AssertionError):
-                chain.cli("cancel", chain.run_dir)
+    if fault.begins:
+        begin_with(fault.begins, reference, folder / "run")
+    chain = Chain(bed, folder, submitted_settings(config, fault), SLOW_STEP=str(fault.slow_step))
+    try:
+        chain.submit()
+        done = fault.act(chain)
+        chain.wait()
+        if not chain.is_done():
+            return False, f"{done}; the chain ended early:\n{chain.cli('status', chain.run_dir)}"
+        return outcome(chain.run_dir) == outcome(reference), done
+    except AssertionError as error:
+        return False, str(error)
+    finally:
+        with suppress(AssertionError):
+            chain.cli("cancel", chain.run_dir)
 
 
 def run_faults(names: list[str], net: str, folder: Path) -> bool:
@@ -258,10 +257,14 @@ def run_faults(names: list[str], net: str, folder: Path) -> bool:
     assert done.returncode == 0, done.stdout + done.stderr
     print(f"reference: {time.monotonic() - began:.0f} s", flush=True)
     good = True
-    with slurm(NET=net) as bed:
+    folders = {name: folder / name.replace(" ", "-") for name in names}
+    with ExitStack() as stack:
+        for name in names:  # before there is a Slurm, whose nodes do not see what is mounted later
+            stack.enter_context(own_disk(folders[name], FAULTS[name].disk))
+        bed = stack.enter_context(slurm(NET=net))
         for name in names:
             began = time.monotonic()
-            equal, what = try_fault(name, bed, folder / name.replace(" ", "-"), config, reference)
+            equal, what = try_fault(name, bed, folders[name], config, reference)
             verdict = "equal" if equal else "DIFFERENT"
             print(f"{name:26} {verdict:10} {time.monotonic() - began:5.0f} s  {what}", flush=True)
             good &= equal
