@@ -13,7 +13,7 @@ from megatron_bliss.artifacts import RunPaths
 from megatron_bliss.bilevel.optimizer import AdamSettings
 from megatron_bliss.config import ModelConfig, RunConfig, read_saved_config, save_config
 from megatron_bliss.data.inventory import Inventory
-from megatron_bliss.errors import UserError
+from megatron_bliss.errors import StageError, UserError
 from megatron_bliss.mcore import checkpoint_files, checkpoints, parallel
 from megatron_bliss.mcore.batches import Batch, make_batch
 from megatron_bliss.mcore.models import build_language_model, logits, token_losses
@@ -342,4 +342,11 @@ def _agree(rank: int, context: ParallelContext) -> list[str]:
             seen.append(type(raised).__name__)
     with parallel.agreed(context):
         pass
+    assert parallel.same(context, 7, "the number of steps") == 7
+    try:
+        parallel.same(context, 100 * rank, "the number of steps")
+    except SystemExit as ended:
+        seen.append(f"exit {ended.code}")
+    except StageError as raised:
+        seen.append(str(raised).partition(".")[0])
     return seen

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-from megatron_bliss.errors import UserError
+from megatron_bliss.errors import StageError, UserError
 from megatron_bliss.mcore import platform
 from megatron_bliss.wording import counted
 
@@ -130,3 +130,20 @@ def agreed(context: ParallelContext) -> Iterator[None]:
     except Exception as caught:
         error = caught
     agree(context, error)
+
+
+def same(context: ParallelContext, number: int, what: str) -> int:
+    """A number that each rank has read from files for itself. All ranks call it.
+
+    :raises StageError: on the lowest rank, if it is not the same on all of them, as on a file system that shows late
+        what another node has written; the others leave quietly.
+    """
+    bounds = torch.tensor([number, -number], dtype=torch.int64, device=context.device)
+    dist.all_reduce(bounds, op=dist.ReduceOp.MAX)
+    high, low = int(bounds[0]), -int(bounds[1])
+    differs = StageError(
+        f"the ranks do not see the same files: {what} is {low} on some and {high} on others. A file system that shows "
+        "changes late does so for seconds: start the stage again"
+    )
+    agree(context, differs if high != low else None)
+    return number

@@ -20,7 +20,7 @@ from megatron_bliss.mcore import checkpoint_files, checkpoints, parallel
 from megatron_bliss.mcore.losses import VocabShard
 from megatron_bliss.mcore.lower_level import MegatronLowerLevel, MegatronUpperLevel, MicroBatch
 from megatron_bliss.mcore.models import build_language_model
-from megatron_bliss.mcore.parallel import ParallelContext, agreed
+from megatron_bliss.mcore.parallel import ParallelContext, agreed, same
 from megatron_bliss.mcore.read_ahead import read_ahead
 from megatron_bliss.mcore.score_model import build_score_model
 from megatron_bliss.mcore.space import MegatronSpace
@@ -59,6 +59,7 @@ def run(run_dir: Path, round_number: int) -> None:
         sources = {"inventory": inventory.digest} | starting_points(paths, config, round_number)
         sources |= {"cached target": cache.digest} if cache else {}
         done = resume("bilevel", directory, sources, context.is_first) or 0
+    done = same(context, done, f"the number of steps in {directory}")
     if done >= settings.outer_steps:
         return
     loop, models = build(paths, config, round_number, context, is_fresh=not done)

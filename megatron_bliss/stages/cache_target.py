@@ -44,7 +44,7 @@ def run(run_dir: Path, round_number: int) -> None:
             writer.start()
     with parallel.agreed(context):
         pending = writer.pending()
-    if pending:
+    if parallel.same(context, len(pending), f"the number of chunks that are missing in {writer.directory}"):
         vocab_size, settings = config.data.tokenizer.vocab_size, config.bilevel
         checkpoint = target_checkpoint(paths, config, round_number)
         target = checkpoints.load_target(checkpoint, context, layout.model, vocab_size)

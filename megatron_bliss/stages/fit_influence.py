@@ -21,7 +21,7 @@ from megatron_bliss.data.seeds import derive
 from megatron_bliss.errors import UserError
 from megatron_bliss.mcore import checkpoint_files, checkpoints, parallel
 from megatron_bliss.mcore.batches import Batch, bucket, make_batch
-from megatron_bliss.mcore.parallel import ParallelContext, agreed
+from megatron_bliss.mcore.parallel import ParallelContext, agreed, same
 from megatron_bliss.mcore.score_model import ScoreModel, build_score_model
 from megatron_bliss.mcore.scorer import Pass, means, score_measure
 from megatron_bliss.stages import influence
@@ -47,6 +47,7 @@ def run(run_dir: Path, round_number: int) -> None:
         proxy = checkpoint_files.find(proxy_directory(paths, config))
         sources = {"inventory": inventory.digest, "proxy": digest_tree(proxy), "influence": data.digest}
         done = resume("fit-influence", directory, sources, context.is_first) or 0
+    done = same(context, done, f"the number of steps in {directory}")
     if fit_path(directory).exists():
         return
     model = build_score_model(config.proxy.model, config.data.tokenizer.vocab_size, context, config.proxy.recompute)

@@ -22,7 +22,7 @@ from megatron_bliss.errors import UserError
 from megatron_bliss.mcore import checkpoint_files, checkpoints, parallel
 from megatron_bliss.mcore.batches import Batch, bucket, make_batch
 from megatron_bliss.mcore.models import build_language_model, token_losses
-from megatron_bliss.mcore.parallel import ParallelContext, agreed
+from megatron_bliss.mcore.parallel import ParallelContext, agreed, same
 from megatron_bliss.mcore.space import MegatronSpace
 from megatron_bliss.mcore.stopping import Vote
 from megatron_bliss.progress import Progress
@@ -49,6 +49,7 @@ def run(run_dir: Path, round_number: int) -> None:
         sources = {"inventory": inventory.digest, "proxy": digest_tree(checkpoint_files.find(proxy))}
         resume("influence", directory, sources, context.is_first)
     known = read(directory)
+    same(context, len(known), f"the number of influences in {directory}")
     if len(known) == len(sample):
         return
     probe = SequenceProbe(config, proxy, reference, context)

@@ -18,7 +18,7 @@ from megatron_bliss.data.shards import Shard
 from megatron_bliss.mcore import checkpoints, parallel
 from megatron_bliss.mcore.batches import Batch, bucket, drawn_windows, make_batch
 from megatron_bliss.mcore.models import build_language_model, token_losses
-from megatron_bliss.mcore.parallel import ParallelContext, agreed
+from megatron_bliss.mcore.parallel import ParallelContext, agreed, same
 from megatron_bliss.stages.side_training import SideTraining, adam_settings, train
 from megatron_bliss.stages.sources import resume
 from megatron_bliss.tracking import Job
@@ -43,6 +43,7 @@ def run(run_dir: Path) -> None:
         data = WarmupData(selection, config, context)
         sources = {"selection": selection.digest}
         done = resume("warmup-proxy", directory, sources, context.is_first) or 0
+    done = same(context, done, f"the number of steps in {directory}")
     vocab_size = config.data.tokenizer.vocab_size
     model = build_language_model(config.proxy.model, vocab_size, context, config.proxy.recompute)
     adam = adam_settings(config.bilevel, config.warmup.proxy_lr)
