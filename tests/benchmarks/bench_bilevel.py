@@ -210,6 +210,7 @@ def watched(loop: Any, target: torch.nn.Module, phases: Phases) -> Iterator[None
         (loop_module, "score_logits", "score model"),
         (loop_module, "score_gradient", "score model"),
         (loop.curvature, "evaluate", "inner gradient, product and g_i"),
+        (loop_module.NoCurvature, "evaluate", "inner gradient and g_i"),  # where z is not updated
         (loop.curvature, "product", "further products"),
         (target, "forward", "target forward"),
         (loop.lower, "add_validation_gradient", "validation gradient"),
