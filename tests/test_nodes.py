@@ -33,8 +33,8 @@ def node(rank: int, run: Path, behaviour: dict[str, Any], config: RunConfig = TW
     return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def ends(*processes: subprocess.Popen[str]) -> list[tuple[int, str]]:
-    texts = [process.communicate(timeout=120)[0] for process in processes]
+def ends(*processes: subprocess.Popen[str], seconds: float = 120) -> list[tuple[int, str]]:
+    texts = [process.communicate(timeout=seconds)[0] for process in processes]
     return [(process.returncode, text) for process, text in zip(processes, texts, strict=True)]
 
 
@@ -107,6 +107,6 @@ def test_two_nodes_write_what_one_with_two_ranks_does(tmp_path: Path) -> None:
     processes = [
         subprocess.Popen([*words, rank], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for rank in "01"
     ]
-    for code, text in ends(*processes):
+    for code, text in ends(*processes, seconds=900):
         assert code == 0, text
     assert outcome(two) == outcome(one)
