@@ -237,14 +237,19 @@ def read_scores(folder: Path) -> dict[str, np.ndarray]:
     return {r.name: np.load(paths.scores(1) / f"{r.name}.npy") for r in Inventory.read(paths.inventory).pool}
 
 
-def selected_run(folder: Path, **changes: Any) -> Path:
-    """`folder/run`, a tiny run without controls up to its warm-up's selection; settings are changed as by
-    `edit_config`."""
+def new_run(folder: Path, **changes: Any) -> Path:
+    """`folder/run`, a tiny run without controls that has its inventory; settings are changed as by `edit_config`."""
     run = folder / "run"
     run.mkdir()
     shutil.copy(tiny_config(folder, control=False), run / "run.yaml")
     edit_config(run, **changes)
     inventory.run(run)
+    return run
+
+
+def selected_run(folder: Path, **changes: Any) -> Path:
+    """The same with its warm-up's selection."""
+    run = new_run(folder, **changes)
     select.run(run, None)
     return run
 

@@ -4,7 +4,6 @@ Usefulness by central differences is within 1 % of its spread of what whole grad
 layout of two ranks, where rank correlations agree to 0.01. In bfloat16 it ranks alike, with a correlation above 0.99.
 """
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,12 @@ from megatron_bliss.orchestration import check, state
 from megatron_bliss.orchestration.cost import PoolSize, arm_costs
 from megatron_bliss.orchestration.flops import TRAINING, Passes, proxy_flops, target_flops
 from megatron_bliss.orchestration.plan import arms, plan
-from megatron_bliss.stages import fidelity, inventory
+from megatron_bliss.stages import fidelity
 from megatron_bliss.stages.fidelity import PROXY, TARGET
 from tests.distributed import run_ranks
 from tests.fake_run import fake_config
 from tests.fidelity_ranks import LAYOUTS, one_rank, two_ranks
-from tests.side_models import edit_config
+from tests.side_models import new_run
 from tests.tiny_run import tiny_config
 
 SAMPLE = 70
@@ -32,11 +31,7 @@ SAMPLE = 70
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("fidelity")
-    run = folder / "run"
-    run.mkdir()
-    shutil.copy(tiny_config(folder, control=False), run / "run.yaml")
-    edit_config(run, data__sequence_length=20, fidelity__sequences=SAMPLE, target__micro_batch_size=8)
-    inventory.run(run)
+    new_run(folder, data__sequence_length=20, fidelity__sequences=SAMPLE, target__micro_batch_size=8)
     return folder
 
 

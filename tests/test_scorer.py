@@ -16,7 +16,7 @@ from megatron_bliss.stages import inventory
 from tests import launch
 from tests.distributed import run_ranks
 from tests.scoring_ranks import files_of, one_rank, save_checkpoint, two_ranks
-from tests.side_models import edit_config
+from tests.side_models import new_run
 from tests.tiny_run import tiny_config
 
 CLI = "megatron_bliss.cli"
@@ -26,11 +26,7 @@ CLI = "megatron_bliss.cli"
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs with an inventory and a score model; some sequences are longer than a window."""
     folder = tmp_path_factory.mktemp("scorer")
-    run = folder / "run"
-    run.mkdir()
-    shutil.copy(tiny_config(folder, control=False), run / "run.yaml")
-    edit_config(run, data__sequence_length=10, scoring__batch_tokens=256, scoring__chunk_sequences=40)
-    inventory.run(run)
+    run = new_run(folder, data__sequence_length=10, scoring__batch_tokens=256, scoring__chunk_sequences=40)
     run_ranks(save_checkpoint, 1, run)
     shutil.copytree(run, folder / "two")
     shutil.copytree(run, folder / "jobs")

@@ -31,7 +31,7 @@ from megatron_bliss.data.validation import ValidationSet
 from megatron_bliss.errors import UserError
 from megatron_bliss.mcore import checkpoint_files, checkpoints, parallel
 from megatron_bliss.mcore.models import build_language_model
-from megatron_bliss.mcore.parallel import ParallelContext, agreed
+from megatron_bliss.mcore.parallel import ParallelContext, agreed, same
 from megatron_bliss.mcore.scorer import Pass, ValidationSequences
 from megatron_bliss.mcore.stopping import Vote
 from megatron_bliss.mcore.usefulness import Usefulness
@@ -61,9 +61,10 @@ def run(run_dir: Path, round_number: int) -> None:
         sources |= {side.name: digest_tree(checkpoint_files.find(side.checkpoint)) for side in sides}
         resume("fidelity", directory, sources, context.is_first)
         validation = _validation(config, inventory, round_number)
-    if results_path(directory).exists():
-        return
     work = _Work(directory, sample, prints=context.is_first)
+    same(context, work.done, f"the number of sequences measured in {directory}")
+    if same(context, int(results_path(directory).exists()), f"the presence (1) of {results_path(directory)}"):
+        return
     for side in sides:
         context = side.join(config.seed)
         if work.lacks(side.name):
@@ -209,7 +210,7 @@ class _Work:
             name: np.load(path, allow_pickle=False) if path.exists() else np.empty(0) for name, path in paths.items()
         }
         self._total = len(paths) * len(sample)
-        self._progress = Progress("fidelity", self._total, "sequences", start=self._done) if prints else None
+        self._progress = Progress("fidelity", self._total, "sequences", start=self.done) if prints else None
 
     def lacks(self, name: str) -> bool:
         return len(self.known[name]) < len(self._sample)
@@ -229,12 +230,13 @@ class _Work:
                     with atomic_write(self._path(name)) as stream:
                         np.save(stream, self.known[name], allow_pickle=False)
             if self._progress is not None:
-                self._progress.report(self._done, self._num_tokens)
-            if vote() and self._done < self._total:
-                stopping.leave("fidelity", self._done, self._total, "sequences")
+                self._progress.report(self.done, self._num_tokens)
+            if vote() and self.done < self._total:
+                stopping.leave("fidelity", self.done, self._total, "sequences")
 
     @property
-    def _done(self) -> int:
+    def done(self) -> int:
+        """Sequences measured, over both models."""
         return sum(map(len, self.known.values()))
 
     def _path(self, name: str) -> Path:
