@@ -48,7 +48,7 @@ def run(run_dir: Path, round_number: int) -> None:
         sources = {"inventory": inventory.digest, "proxy": digest_tree(proxy), "influence": data.digest}
         done = resume("fit-influence", directory, sources, context.is_first) or 0
     done = same(context, done, f"the number of steps in {directory}")
-    if fit_path(directory).exists():
+    if same(context, int(fit_path(directory).exists()), f"the presence (1) of {fit_path(directory)}"):
         return
     model = build_score_model(config.proxy.model, config.data.tokenizer.vocab_size, context, config.proxy.recompute)
     if not done:
