@@ -31,7 +31,7 @@ class BilevelConfig:
     curvature: str = "gauss-newton"  # none | finite-difference | gauss-newton | exact (TP 1, plain torch ops)
     solver: str = "averaged"  # averaged: warm-started, running average of ∇f | conjugate-gradient: the same, z_steps
     # iterations of it, for curvature gauss-newton | paper: restarted from a constant
-    solve_interval: int = 4  # outer steps from one update of z to the next, once the average below is full (the first
+    solve_interval: int = 8  # outer steps from one update of z to the next, once the average below is full (the first
     # 1 / (1 - gradient_average) steps all update it); the others need no validation batch and no product
     z_steps: int = 1  # steps on the linear system in each update
     z_lr: float = 0.05

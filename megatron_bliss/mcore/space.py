@@ -38,6 +38,9 @@ class MegatronSpace(ParameterSpace):
         self.ddp = _wrapped(model, distributed)
         wrapper = get_megatron_optimizer(_optimizer_config(model, adam, distributed), [self.ddp])
         (self._wrapper,) = getattr(wrapper, "chained_optimizers", [wrapper])
+        if isinstance(self._wrapper.optimizer, torch.optim.AdamW):  # Megatron's choice without TE and Apex
+            for group in self._wrapper.optimizer.param_groups:
+                group["fused"] = True  # one kernel a parameter, without temporaries
         self.is_shared_out = distributed and context.dp_size > 1
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._ranges = [self._range(parameter) for parameter in parameters]

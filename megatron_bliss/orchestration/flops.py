@@ -29,8 +29,10 @@ _PRODUCT = {
     "none": Passes(), "finite-difference": Passes(2, 2), "gauss-newton": Passes(3, 1), "exact": Passes(3, 3),
 }  # fmt: skip
 _EVALUATION = {
-    "none": Passes(3, 1), "finite-difference": Passes(2, 2), "gauss-newton": Passes(3, 2), "exact": Passes(6, 4),
+    "none": Passes(2, 1), "finite-difference": Passes(2, 2), "gauss-newton": Passes(3, 2), "exact": Passes(6, 4),
 }  # fmt: skip
+# what it adds that parameters of 16 bits need a gradient at the parameters themselves
+_EVALUATION_IN_16_BITS = {"none": FORWARD, "finite-difference": TRAINING}
 
 
 def proxy_flops(config: RunConfig, passes: Passes, has_output: bool = True) -> float:
@@ -70,7 +72,8 @@ def bilevel_flops_per_step(config: RunConfig) -> float:
     validation batch."""
     idle = replace(config, bilevel=replace(config.bilevel, curvature="none", validation_batch_size=0))
     share = solving_steps(config.bilevel) / config.bilevel.outer_steps
-    return share * _flops_of_step(config) + (1 - share) * _flops_of_step(idle)
+    known = 1 / _micro_batches(config)  # scores of the last micro-batch: their graph is kept
+    return share * _flops_of_step(config) + (1 - share) * _flops_of_step(idle, known)
 
 
 def solving_steps(bilevel: BilevelConfig) -> int:
@@ -79,19 +82,22 @@ def solving_steps(bilevel: BilevelConfig) -> int:
     return first + sum(step % bilevel.solve_interval == 0 for step in range(first, bilevel.outer_steps))
 
 
-def _flops_of_step(config: RunConfig) -> float:
-    """Of inner steps, curvature products, g_i, validation gradient, target and score model."""
+def _flops_of_step(config: RunConfig, known_scores: float = 0) -> float:
+    """Of inner steps, curvature products, g_i, validation gradient, target and score model.
+
+    :param known_scores: share of the batch that the score model does not run forward for a second time.
+    """
     bilevel, length = config.bilevel, config.data.sequence_length
     if bilevel.solver == "paper":
         passes = TRAINING * bilevel.inner_steps + _PRODUCT[bilevel.curvature] * bilevel.z_steps + Passes(2, 0)
     else:
         passes = TRAINING * (bilevel.inner_steps - 1) + _EVALUATION[bilevel.curvature]
         passes += _PRODUCT[bilevel.curvature] * _further_products(config)
-        if has_gradient_of_its_own(config):
-            passes += TRAINING
+        if config.proxy.model.bf16:
+            passes += _EVALUATION_IN_16_BITS.get(bilevel.curvature, Passes())
     a_token = (
         proxy_flops(config, passes)
-        + proxy_flops(config, Passes(2, 1), has_output=False)  # weights, then the score model's own step
+        + proxy_flops(config, Passes(2 - known_scores, 1), has_output=False)  # weights, then the score model's own step
         + target_flops(config, FORWARD * _target_passes(config))
     )
     pool = bilevel.batch_size * length * a_token
@@ -101,11 +107,6 @@ def _flops_of_step(config: RunConfig) -> float:
 def validation_batch(config: RunConfig) -> int:
     """Sequences of all validation sets in an outer step."""
     return config.bilevel.validation_batch_size * len(config.data.validation_prefixes)
-
-
-def has_gradient_of_its_own(config: RunConfig) -> bool:
-    """Whether the gradient of a step does not come with the displaced ones."""
-    return config.bilevel.curvature == "finite-difference" and config.proxy.model.bf16
 
 
 def _target_passes(config: RunConfig) -> int:
@@ -118,7 +119,8 @@ def _target_passes(config: RunConfig) -> int:
     needs_target = 1 if bilevel.curvature in ("finite-difference", "exact") else 0  # for a product alone
     if bilevel.solver == "paper":
         return bilevel.inner_steps + needs_target * bilevel.z_steps
-    evaluation = 2 if bilevel.curvature == "exact" or has_gradient_of_its_own(config) else 1
+    has_two = bilevel.curvature == "finite-difference" and config.proxy.model.bf16
+    evaluation = 2 if bilevel.curvature == "exact" or has_two else 1
     return bilevel.inner_steps - 1 + evaluation + needs_target * _further_products(config)
 
 

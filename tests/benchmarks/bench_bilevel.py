@@ -181,9 +181,11 @@ def engine(size: Size, context: ParallelContext, repeats: int) -> dict[str, Any]
         ]
         last.update(loop.step(*parts))
 
-    def kept(gradient: Callable[..., Any], upper: Any, parts: Any, coefficients: Sequence[torch.Tensor]) -> Any:
+    def kept(
+        gradient: Callable[..., Any], upper: Any, parts: Any, coefficients: Sequence[torch.Tensor], logits: Any
+    ) -> Any:
         last["coefficients"] = torch.cat(list(coefficients)).tolist()
-        return gradient(upper, parts, coefficients)
+        return gradient(upper, parts, coefficients, logits)
 
     with (
         patch.object(loop_module, "score_gradient", partial(kept, score_gradient)),
