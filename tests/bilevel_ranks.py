@@ -16,6 +16,7 @@ from megatron_bliss.bilevel.curvature import (
     Exact,
     FiniteDifference,
     GaussNewton,
+    NoCurvature,
     Pool,
     check_exact,
     make_curvature,
@@ -104,8 +105,11 @@ def evaluate(context: ParallelContext, lower: Any, upper: Any, size: int) -> dic
     pool = Pool(lower, batches, weights.split([len(part) for part in logits]), RIDGE)
     evaluation = FiniteDifference().evaluate(pool, z)
     gauss_newton = GaussNewton().evaluate(pool, z)
+    idle = NoCurvature().evaluate(pool, z)
     coefficients = objective.score_coefficients(weights, evaluation.derivatives, "softmax", lower.space.dp_group)
-    hypergradient = score_gradient(upper, batches, coefficients.split([len(part) for part in logits]))
+    parts = coefficients.split([len(part) for part in logits])
+    hypergradient = score_gradient(upper, batches, parts)
+    with_graph = score_logits(upper, batches, keeps_last=True)
     after = _everything(lower)
     return {
         "value": float(group_sum_(torch.as_tensor(value), lower.space.dp_group)),
@@ -115,6 +119,8 @@ def evaluate(context: ParallelContext, lower: Any, upper: Any, size: int) -> dic
         "losses": evaluation.losses.numpy(),
         "derivatives": evaluation.derivatives.numpy(),
         "gauss-newton derivatives": gauss_newton.derivatives.numpy(),
+        "idle derivatives": idle.derivatives.numpy(),
+        "graph_changes_nothing": _same(score_gradient(upper, batches, parts, with_graph), hypergradient),
         "changed": [name for name, values in before.items() if not _same(values, after[name])],
         "vectors": {
             "model": {
@@ -124,6 +130,7 @@ def evaluate(context: ParallelContext, lower: Any, upper: Any, size: int) -> dic
                     ("product", evaluation.product),
                     ("gauss-newton gradient", gauss_newton.gradient),
                     ("gauss-newton product", gauss_newton.product),
+                    ("idle gradient", idle.gradient),
                 )
             },
             "score": {"hypergradient": upper.space.whole(hypergradient)},
@@ -155,11 +162,11 @@ def _same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
 
 def train(context: ParallelContext, lower: Any, upper: Any, size: int) -> list[dict[str, float]]:
     """Metrics of a few outer steps."""
-    settings = LoopSettings(3, inner_steps=2, ridge=RIDGE)
+    settings = LoopSettings(4, inner_steps=2, solve_interval=2, ridge=RIDGE)
     curvature, solver = make_curvature("finite-difference", lower.space), Averaged(lower.space, 0.05, 1.0, 0.9)
     optimizers = lower.space.optimizer(ADAM), upper.space.optimizer(ADAM)
     loop: BilevelLoop[MicroBatch] = BilevelLoop(lower, upper, curvature, solver, settings, *optimizers)
-    return [loop.step(data(context, 10 + step, size), data(context, 20 + step, size)) for step in range(3)]
+    return [loop.step(data(context, 10 + step, size), data(context, 20 + step, size)) for step in range(4)]
 
 
 def arrays(vectors: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -424,7 +431,7 @@ def two_ranks(rank: int, folder: Path) -> dict[str, Any]:
     # vectors of every layout, made whole by loading them at TP 1
     for layout in LAYOUTS:
         named, lower, upper = build(context)
-        names = ("gradient", "product", "gauss-newton gradient", "gauss-newton product")
+        names = ("gradient", "product", "gauss-newton gradient", "gauss-newton product", "idle gradient")
         vectors = {
             "model": {name: lower.space.accumulator() for name in names},
             "score": {"hypergradient": upper.space.accumulator()},
