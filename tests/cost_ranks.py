@@ -1,15 +1,15 @@
 """Measures what stages take: bytes that torch has allocated at the peak, and floating-point operations that it did."""
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from megatron_bliss.artifacts import RunPaths
@@ -75,7 +75,8 @@ def write_run(folder: Path, model: ModelConfig, vocab_size: int, num_ranks: int,
         proxy=ProxyConfig(model, tensor_parallel, tensor_parallel > 1, is_shared),
         warmup=WarmupConfig(fraction=1.0, target_steps=STEPS, proxy_steps=STEPS, proxy_batch_size=8),
         bilevel=BilevelConfig(
-            outer_steps=STEPS, batch_size=16, validation_batch_size=8, micro_batch_size=4, checkpoint_interval=STEPS
+            outer_steps=STEPS, batch_size=16, validation_batch_size=8, micro_batch_size=4, checkpoint_interval=STEPS,
+            gradient_average=0.0,  # z is updated in the first step alone
         ),
         selection=SelectionConfig(pool="all", fraction=0.2),
         scoring=ScoringConfig(batch_tokens=4 * LENGTH),
@@ -121,51 +122,36 @@ def _measure(rank: int, run: Path, commands: list[str]) -> dict[str, tuple[int, 
     """Peak in bytes and FLOPs of each stage on this rank."""
     results = {}
     for command in commands:
-        spans: list[tuple[int, int]] = []
-        counter = _Counter()
-        recording = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
-        with _noting_host_memory(spans), recording as profiler, counter:
+        watch = _Watch()
+        with _host_memory(watch), watch:
             _WORKSHOP[command](run)
-        results[command] = _peak(profiler, spans), counter.total
+        results[command] = watch.peak, watch.flops
     return results
 
 
-def _peak(profiler: Any, spans: list[tuple[int, int]]) -> int:
-    """Bytes allocated at a time outside of some spans: those of what is in the host's memory where there is a GPU."""
-    events = sorted(
-        (event.start_ns(), event.nbytes())
-        for event in profiler.profiler.kineto_results.events()
-        if event.name() == "[memory]"
-    )
-    times, totals = np.array([when for when, _ in events]), np.cumsum([size for _, size in events])
-    for start, end in spans:
-        totals[(times >= start) & (times <= end)] = 0
-    return int(totals.max())
-
-
 @contextlib.contextmanager
-def _noting_host_memory(spans: list[tuple[int, int]]) -> Iterator[None]:
-    """Inside, start and end are noted, in ns, of what a GPU's memory is not used for: writing checkpoints, and drawing
-    the weights of new models."""
+def _host_memory(watch: "_Watch") -> Iterator[None]:
+    """Inside, what a GPU's memory is not used for is not watched: writing checkpoints, and drawing the weights of new
+    models."""
     from megatron.core.models.gpt import GPTModel
     from megatron.training import training
 
-    def noted(function: Any) -> Any:
-        def noting(*args: Any, **kwargs: Any) -> Any:
-            start = time.time_ns()
+    def unwatched(function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            watch.is_on_host = True
             try:
                 return function(*args, **kwargs)
             finally:
-                spans.append((start, time.time_ns()))
+                watch.is_on_host = False
 
-        return noting
+        return call
 
     places: list[tuple[Any, str]] = [
         (checkpoints, "save"), (training, "save_checkpoint_and_time"), (GPTModel, "__init__"),
     ]  # fmt: skip
     originals = [getattr(module, name) for module, name in places]
     for (module, name), original in zip(places, originals, strict=True):
-        setattr(module, name, noted(original))
+        setattr(module, name, unwatched(original))
     try:
         yield
     finally:
@@ -173,21 +159,42 @@ def _noting_host_memory(spans: list[tuple[int, int]]) -> Iterator[None]:
             setattr(module, name, original)
 
 
-class _Counter(TorchDispatchMode):
-    """Adds up torch's own counts; its `FlopCounterMode` would keep graphs alive that are gone without it."""
+class _Watch(TorchDispatchMode):
+    """Bytes of the tensors that are there at a time, and FLOPs.
+
+    torch's profiler would not do: it does not see memory that is released by the threads of a collective, and its
+    `FlopCounterMode` would keep graphs alive that are gone without it.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.total = 0
+        self.peak, self.flops, self.is_on_host = 0, 0, False
+        self._storages: dict[int, tuple[StorageWeakRef, int]] = {}  # made since the start
+        self._total = 0  # of all of them, gone or not
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self._note(leaf.untyped_storage())
+        if not self.is_on_host and self._total > self.peak:
+            self._forget_released()
+            self.peak = max(self.peak, self._total)
         packet = func._overloadpacket
         if packet in _ATTENTION:
-            self.total += _ATTENTION[packet](*args)
+            self.flops += _ATTENTION[packet](*args)
         elif packet in flop_registry:
-            self.total += flop_registry[packet](*args, **(kwargs or {}), out_val=result)
+            self.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=result)
         return result
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        if storage._cdata not in self._storages:  # no other storage gets the number of one that is referred to
+            self._storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+            self._total += storage.nbytes()
+
+    def _forget_released(self) -> None:
+        self._storages = {key: entry for key, entry in self._storages.items() if not entry[0].expired()}
+        self._total = sum(size for _, size in self._storages.values())
 
 
 def _attention(query: torch.Tensor, *_: Any) -> int:

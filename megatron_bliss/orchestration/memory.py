@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from megatron_bliss.config import ModelConfig, RunConfig
 from megatron_bliss.mcore.architectures import Architecture, padded_vocab_size, resolve
-from megatron_bliss.orchestration.flops import attention_is_fused
+from megatron_bliss.orchestration.flops import attention_is_fused, solving_steps
 
 GPU_CHUNK = 1 << 24  # logits that losses hold in float32 at a time (mcore/losses.py)
 _FLOAT = 4  # bytes
@@ -81,6 +81,10 @@ class _Model:
 
         :param in_flight: micro-batches whose graphs are there at a time.
         """
+        return self.saved(tokens, in_flight) + Peak(activations=self.size * self._passing(tokens))
+
+    def saved(self, tokens: int, in_flight: int = 1) -> Peak:
+        """What a graph holds."""
         architecture, hidden = self.architecture, self.architecture.hidden_size
         num_layers = -(-architecture.num_layers // self.pipeline_parallel)
         block = architecture.activations_per_token(
@@ -90,7 +94,7 @@ class _Model:
         numbers = tokens * (kept * in_flight + block if self.recomputes else num_layers * block * in_flight)
         if self.has_output:
             numbers += 2 * tokens * hidden  # of the last norm
-        return Peak(activations=self.size * (numbers + self._passing(tokens)))
+        return Peak(activations=self.size * numbers)
 
     def _passing(self, tokens: int) -> float:
         """Gradients that pass: the output layer's, or a block's, by whose time what its MLP kept is gone."""
@@ -264,6 +268,9 @@ def _bilevel(config: RunConfig, chunk: int) -> Peak:
     graph = proxy.graph(tokens)
     validation = Peak(vectors=whole, logits=logits + 2 * held) + graph
     moments = [learns, validation, *_curvature(config, proxy, tokens, own, whole, held)]
+    if solving_steps(bilevel) < bilevel.outer_steps:  # without a product, with the score model's graph
+        idle = Peak(vectors=whole + (own if proxy.size == _FLOAT else 0), logits=logits + 4 * held)
+        moments.append(idle + graph + score.saved(tokens))
     return stays + max(moments, key=lambda moment: moment.total)
 
 

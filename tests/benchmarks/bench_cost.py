@@ -13,7 +13,7 @@ CASES = {
     "small, tensor parallel": (ModelConfig(preset="small"), 8000, 2, 2),
     "small, data parallel, shared-out optimizer": (ModelConfig(preset="small"), 8000, 2, 1),
 }
-LAUNCHES = (["warmup-target"], ["warmup-proxy", "bilevel", "score"])  # Megatron sets up ranks of its own
+LAUNCHES = (["warmup-target"], ["warmup-proxy", "bilevel", "score", "fidelity"])  # Megatron sets up ranks of its own
 
 
 def measure() -> dict[str, Any]:
