@@ -75,8 +75,8 @@ def write_run(folder: Path, model: ModelConfig, vocab_size: int, num_ranks: int,
         proxy=ProxyConfig(model, tensor_parallel, tensor_parallel > 1, is_shared),
         warmup=WarmupConfig(fraction=1.0, target_steps=STEPS, proxy_steps=STEPS, proxy_batch_size=8),
         bilevel=BilevelConfig(
-            outer_steps=STEPS, batch_size=16, validation_batch_size=8, micro_batch_size=4, checkpoint_interval=STEPS,
-            gradient_average=0.0,  # z is updated in the first step alone
+            outer_steps=3, batch_size=16, validation_batch_size=8, micro_batch_size=4, checkpoint_interval=3,
+            gradient_average=0.0, solve_interval=2,  # z is updated in the first and the third step
         ),
         selection=SelectionConfig(pool="all", fraction=0.2),
         scoring=ScoringConfig(batch_tokens=4 * LENGTH),

@@ -36,32 +36,21 @@ def slopes(plus: Tensor, minus: Tensor, epsilon: Tensor) -> Tensor:
     return (plus - minus) / (2 * epsilon).to(plus.dtype)
 
 
-def score_logits[Batch](upper: UpperLevel[Batch], batches: Sequence[Batch], keeps_last: bool = False) -> list[Tensor]:
-    """Raw scores of each micro-batch, [b].
-
-    :param keeps_last: the last micro-batch's have their graph, which is there until `score_gradient`: one forward
-        pass less. All others are without.
-    """
+def score_logits[Batch](upper: UpperLevel[Batch], batches: Sequence[Batch]) -> list[Tensor]:
+    """Raw scores of each micro-batch, [b], without a graph: one kept until `score_gradient` would be there at the peak
+    of memory, and saves little."""
     with torch.no_grad():
-        parts = [upper.logits(batch) for batch in (batches[:-1] if keeps_last else batches)]
-    return [*parts, upper.logits(batches[-1])] if keeps_last else parts
+        return [upper.logits(batch) for batch in batches]
 
 
-def score_gradient[Batch](
-    upper: UpperLevel[Batch],
-    batches: Sequence[Batch],
-    coefficients: Sequence[Tensor],
-    logits: Sequence[Tensor] | None = None,
-) -> Vector:
+def score_gradient[Batch](upper: UpperLevel[Batch], batches: Sequence[Batch], coefficients: Sequence[Tensor]) -> Vector:
     """∇Φ = Σ_i c_i ∇s_i, reduced over all ranks: one backward pass a micro-batch, whose graph is gone after it.
 
     :param coefficients: c_i of each micro-batch's sequences, [b].
-    :param logits: what `score_logits` returned, for those that have a graph.
     """
     gradient = upper.space.accumulator()
-    known: Sequence[Tensor | None] = logits or [None] * len(batches)
-    for batch, part, kept in zip(batches, coefficients, known, strict=True):
-        scores = scores_from_logits(kept if kept is not None and kept.requires_grad else upper.logits(batch))
+    for batch, part in zip(batches, coefficients, strict=True):
+        scores = scores_from_logits(upper.logits(batch))
         (scores * part.to(scores.dtype)).sum().backward()
         upper.space.harvest_(gradient)
     return upper.space.reduce_gradients(gradient)

@@ -88,9 +88,8 @@ class BilevelLoop[Batch]:
         :returns: metrics, equal on all ranks but for rounding.
         """
         factor = lr_factor(self.steps_done, self.settings.outer_steps, self.settings.lr_warmup_fraction)
-        # a graph of the score model is affordable where z stays: a step that updates z needs more memory than that
-        parts = score_logits(self.upper, batches, keeps_last=not self.solves_next)
-        logits = torch.cat(parts).detach()
+        parts = score_logits(self.upper, batches)
+        logits = torch.cat(parts)
         weights = importance_weights(scores_from_logits(logits), self.settings.weights, self._dp_group)
         pool = Pool(self.lower, batches, weights.split([len(part) for part in parts]), self.settings.ridge)
         if self.solver.is_simultaneous:
@@ -98,7 +97,7 @@ class BilevelLoop[Batch]:
         else:
             outcome = self._sequential(pool, validation, factor)
         coefficients = score_coefficients(weights, outcome.derivatives, self.settings.weights, self._dp_group)
-        gradient = score_gradient(self.upper, batches, coefficients.split([len(part) for part in parts]), parts)
+        gradient = score_gradient(self.upper, batches, coefficients.split([len(part) for part in parts]))
         score_norm = self.score_optimizer.step(gradient, factor)
         self.steps_done += 1
         return self._metrics(logits, weights, outcome, score_norm)

@@ -72,8 +72,7 @@ def bilevel_flops_per_step(config: RunConfig) -> float:
     validation batch."""
     idle = replace(config, bilevel=replace(config.bilevel, curvature="none", validation_batch_size=0))
     share = solving_steps(config.bilevel) / config.bilevel.outer_steps
-    known = 1 / _micro_batches(config)  # scores of the last micro-batch: their graph is kept
-    return share * _flops_of_step(config) + (1 - share) * _flops_of_step(idle, known)
+    return share * _flops_of_step(config) + (1 - share) * _flops_of_step(idle)
 
 
 def solving_steps(bilevel: BilevelConfig) -> int:
@@ -82,11 +81,8 @@ def solving_steps(bilevel: BilevelConfig) -> int:
     return first + sum(step % bilevel.solve_interval == 0 for step in range(first, bilevel.outer_steps))
 
 
-def _flops_of_step(config: RunConfig, known_scores: float = 0) -> float:
-    """Of inner steps, curvature products, g_i, validation gradient, target and score model.
-
-    :param known_scores: share of the batch that the score model does not run forward for a second time.
-    """
+def _flops_of_step(config: RunConfig) -> float:
+    """Of inner steps, curvature products, g_i, validation gradient, target and score model."""
     bilevel, length = config.bilevel, config.data.sequence_length
     if bilevel.solver == "paper":
         passes = TRAINING * bilevel.inner_steps + _PRODUCT[bilevel.curvature] * bilevel.z_steps + Passes(2, 0)
@@ -97,7 +93,7 @@ def _flops_of_step(config: RunConfig, known_scores: float = 0) -> float:
             passes += _EVALUATION_IN_16_BITS.get(bilevel.curvature, Passes())
     a_token = (
         proxy_flops(config, passes)
-        + proxy_flops(config, Passes(2 - known_scores, 1), has_output=False)  # weights, then the score model's own step
+        + proxy_flops(config, Passes(2, 1), has_output=False)  # weights, then the score model's own step
         + target_flops(config, FORWARD * _target_passes(config))
     )
     pool = bilevel.batch_size * length * a_token

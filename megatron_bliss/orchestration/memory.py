@@ -81,10 +81,6 @@ class _Model:
 
         :param in_flight: micro-batches whose graphs are there at a time.
         """
-        return self.saved(tokens, in_flight) + Peak(activations=self.size * self._passing(tokens))
-
-    def saved(self, tokens: int, in_flight: int = 1) -> Peak:
-        """What a graph holds."""
         architecture, hidden = self.architecture, self.architecture.hidden_size
         num_layers = -(-architecture.num_layers // self.pipeline_parallel)
         block = architecture.activations_per_token(
@@ -94,7 +90,7 @@ class _Model:
         numbers = tokens * (kept * in_flight + block if self.recomputes else num_layers * block * in_flight)
         if self.has_output:
             numbers += 2 * tokens * hidden  # of the last norm
-        return Peak(activations=self.size * numbers)
+        return Peak(activations=self.size * (numbers + self._passing(tokens)))
 
     def _passing(self, tokens: int) -> float:
         """Gradients that pass: the output layer's, or a block's, by whose time what its MLP kept is gone."""
@@ -268,9 +264,9 @@ def _bilevel(config: RunConfig, chunk: int) -> Peak:
     graph = proxy.graph(tokens)
     validation = Peak(vectors=whole, logits=logits + 2 * held) + graph
     moments = [learns, validation, *_curvature(config, proxy, tokens, own, whole, held)]
-    if solving_steps(bilevel) < bilevel.outer_steps:  # without a product, with the score model's graph
-        idle = Peak(vectors=whole + (own if proxy.size == _FLOAT else 0), logits=logits + 4 * held)
-        moments.append(idle + graph + score.saved(tokens))
+    if solving_steps(bilevel) < bilevel.outer_steps:
+        idle = replace(config, bilevel=replace(bilevel, curvature="none"))
+        moments += _curvature(idle, proxy, tokens, own, whole, held)
     return stays + max(moments, key=lambda moment: moment.total)
 
 
@@ -290,6 +286,7 @@ def _curvature(config: RunConfig, proxy: _Model, tokens: int, own: float, whole:
     if config.bilevel.curvature == "finite-difference":
         return [Peak(vectors=2 * whole + own, logits=logits + 4 * held) + graph]
     if config.bilevel.curvature == "none":
-        return [Peak(vectors=whole, logits=logits + 4 * held) + graph]
+        displaced = own if proxy.size == _FLOAT else 0  # else the gradient is at the parameters themselves
+        return [Peak(vectors=whole + displaced, logits=logits + 4 * held) + graph]
     twice = replace(proxy, is_fused=False).graph(tokens)
     return [Peak(vectors=2 * whole, logits=9 * _FLOAT * numel) + twice + twice + twice]
