@@ -17,6 +17,7 @@ import psutil
 import pytest
 from rich.console import Console
 
+from megatron_bliss.artifacts import write_json
 from megatron_bliss.config import (
     ControlConfig,
     LaunchConfig,
@@ -252,6 +253,16 @@ def test_digests_of_directories(tmp_path: Path) -> None:
     manifest = state.digest(tmp_path)
     (tmp_path / "weights").write_bytes(b"12345")
     assert state.digest(tmp_path) == manifest, "where there is a manifest it speaks for the directory"
+
+
+def test_an_inventory_that_finds_the_validation_set_in_the_pool_says_so(tmp_path: Path) -> None:
+    config, run = fake_config(), tmp_path / "run"
+    state.prepare(config, run)
+    stage = next(stage for stage in plan(config, run) if stage.command[0] == "inventory")
+    for share, note in ((0.45, "45% of the set validation stand word for word in the pool"), (0.0, ""), (None, "")):
+        write_json(run / "contamination.json", {"sets": {"validation": {"contaminated_share": share}}})
+        state.begin(run, stage, 1, run / "log", 0, {})
+        assert state.finish(run, replace(stage, outputs=())).note == note
 
 
 def _note_stages(run: str, first: int) -> None:

@@ -390,12 +390,12 @@ def test_flops_of_an_outer_step_by_hand(tmp_path: Path) -> None:
     config.bilevel.curvature = "finite-difference"  # two displaced gradients
     assert bilevel_flops_per_step(config) == pytest.approx(batch * (2 + 1 + 1 / 3) + score_model)
     config.bilevel.gamma, config.bilevel.curvature = 0, "none"
-    assert bilevel_flops_per_step(config) == pytest.approx(batch * (1 + 2 / 3 + 1) + score_model)
+    assert bilevel_flops_per_step(config) == pytest.approx(batch * (1 + 1 / 3 + 1) + score_model)
     config.proxy.recompute = (
         True  # a forward pass through the blocks for each backward pass: two, and the score model's
     )
     again = 8 * 32 * 3 * (2 * blocks + attention)
-    assert bilevel_flops_per_step(config) == pytest.approx(batch * (1 + 2 / 3 + 1) + score_model + again)
+    assert bilevel_flops_per_step(config) == pytest.approx(batch * (1 + 1 / 3 + 1) + score_model + again)
 
 
 def test_costs_add_up(tmp_path: Path) -> None:

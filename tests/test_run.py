@@ -79,6 +79,16 @@ def test_status_and_dry_run_name_every_stage(finished: tuple[Path, Path]) -> Non
             assert stage in shown.stdout
 
 
+def test_status_ends_with_the_report_and_its_doubts(finished: tuple[Path, Path]) -> None:
+    _, run = finished
+    lines = megatron_bliss("status", run).stdout.splitlines()
+    doubts = json.loads((run / "report.json").read_text())["warnings"]
+    assert len(doubts) > 0  # so few sequences, so few steps
+    assert lines[lines.index(f"report: {run / 'report.html'}") + 1 :][: len(doubts)] == [
+        f"  {doubt['sentence']}" for doubt in doubts
+    ]
+
+
 def kill_whole_tree_later(process: subprocess.Popen[bytes], seconds: float) -> bool:
     """SIGKILL the launcher alone, as a user or the kernel would; True if it was still running."""
     try:

@@ -53,7 +53,7 @@ def _column(path: Path, pool_tokens: float | None, tflops: float) -> dict[str, s
     for command in ("warmup-target", "warmup-proxy", *_ROUND):
         peak = stage_memory(config, command)
         is_used = command != "cache-target" or config.bilevel.uses_cached_target
-        column[f"GiB a GPU, `{command}`"] = f"{peak.total / 2**30:.1f}" if peak and is_used else ""
+        column[f"GB a GPU, `{command}`"] = f"{peak.total / 1e9:.1f}" if peak and is_used else ""
     costs = arm_costs(arm, pool)
     hours = {command: (costs[arm.stage_name(command, 1)].flops or 0) / (tflops * 1e12 * 3600) for command in _ROUND}
     for command, amount in hours.items():

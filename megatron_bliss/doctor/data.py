@@ -22,7 +22,7 @@ _SAMPLED_DOCUMENTS = 1000  # whose last token is looked at
 _MOST_LISTED = 10  # broken shards, before the others are only counted
 _AGREEMENT = 0.95  # of ids that come back; cuts inside words cost a few, another tokenizer a tenth or more
 _NO_STAGE = "no stage starts: `inventory` refuses it"
-_REBUILD = "build the shard again (tools/text_to_shards.py), or copy it again"
+_REBUILD = "build the shard again (tools/text_to_shards.py), copy it again, or give the right path in data"
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ def _ending(stage: Stage, record: Record, run_dir: Path) -> str:
         return f"{stage.name} {'stopped' if record.status == 'pending' else record.status} after {took}"
     reading = last_reading(tail(run_dir / (record.log or ""), record.log_offset))
     figures = [part for part in (reading.rest if reading else "").split(" | ") if part and not part.startswith("ETA")]
-    return " | ".join([f"{stage.name} done in {took}", *figures])
+    return " | ".join([f"{stage.name} done in {took}", *figures, *filter(None, [record.note])])
 
 
 class PlainView:

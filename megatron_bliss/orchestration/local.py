@@ -24,6 +24,7 @@ from megatron_bliss.orchestration.check import check
 from megatron_bliss.orchestration.display import View, view
 from megatron_bliss.orchestration.heartbeat import Heartbeat, sentence
 from megatron_bliss.orchestration.plan import Stage, by_urgency, plan
+from megatron_bliss.orchestration.status import show_report
 
 _POLL_INTERVAL = 0.1  # seconds
 _ERROR_LINES = 20  # of a failed stage's log
@@ -136,6 +137,7 @@ def run_all(
                 raise
         if not any(work.num_started for work in works):
             console.print(f"nothing to do: all {num_stages} stages of {root} are done", soft_wrap=True)
+        show_report(console, root)
 
 
 def _prefix(run_dir: Path, root: Path) -> str:

@@ -95,15 +95,22 @@ def finish(run_dir: Path, stage: Stage) -> Record:
     """Note that a stage ended well, and what guards did in it."""
     record = read_state(run_dir)[stage.name]
     outputs = digests(run_dir, stage.outputs)
-    done = replace(record, status="done", finished=time.time(), outputs=outputs, note=_guard_note(stage))
+    done = replace(record, status="done", finished=time.time(), outputs=outputs, note=_finding(stage))
     return set_record(run_dir, stage.name, done)
 
 
-def _guard_note(stage: Stage) -> str:
-    if stage.command[0] != "score" or (number := stage.round_number) is None:
+def _finding(stage: Stage) -> str:
+    """What a finished stage has found that its user should know."""
+    paths, number = RunPaths(stage.run_dir), stage.round_number
+    if stage.command[0] == "inventory" and paths.contamination.exists():
+        limit = read_saved_config(paths.config).guards.contamination
+        shares = {name: found["contaminated_share"] for name, found in read_json(paths.contamination)["sets"].items()}
+        found = [f"{share:.0%} of the set {name}" for name, share in shares.items() if share and share > limit]
+        return f"{', '.join(found)} stand word for word in the pool" if found else ""
+    if stage.command[0] != "score" or number is None:
         return ""
-    found = guarded(RunPaths(stage.run_dir), number)
-    return f"guards: {describe(found, number)}" if found else ""
+    guard = guarded(paths, number)
+    return f"guards: {describe(guard, number)}" if guard else ""
 
 
 def fail(run_dir: Path, stage: Stage, error: str) -> Record:

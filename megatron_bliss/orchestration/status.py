@@ -56,6 +56,7 @@ def show(run_dir: Path) -> None:
         table.add_row(stage.name, Text(standing, style=_STYLES.get(standing, "dim")), *_times(record), Text(figures))
     console = Console(width=None if sys.stdout.isatty() else _WIDTH)
     console.print(table)
+    show_report(console, run_dir)
     counts = [f"{states.count(standing)} {standing}" for standing in dict.fromkeys(states)]
     console.print(f"{run_dir}: {', '.join(counts)}", soft_wrap=True, highlight=False)
     for stage, standing in zip(stages, states, strict=True):
@@ -67,6 +68,17 @@ def show(run_dir: Path) -> None:
         console.print(
             "none of the run's jobs is left in Slurm's queue; `megatron-bliss submit` goes on", soft_wrap=True
         )
+
+
+def show_report(console: Console, run_dir: Path) -> None:
+    """Where the report is, and what it begins with: the doubts."""
+    page = RunPaths(run_dir).report
+    facts = page.with_suffix(".json")
+    if not page.exists() or not facts.exists():
+        return
+    console.print(f"report: {page}", soft_wrap=True, highlight=False)
+    for warning in read_json(facts)["warnings"]:
+        console.print(f"  {warning['sentence']}", style="yellow", soft_wrap=True, highlight=False, markup=False)
 
 
 def _standing(run_dir: Path, stage: Stage, record: Record, jobs: "_Jobs | None") -> tuple[str, str]:

@@ -130,7 +130,7 @@ def contaminated_validation_set(facts: Facts) -> Found:
             yield (
                 None,
                 f"About {found['contaminated_share']:.0%} of the set {name} stand word for word in the pool "
-                f"({found['found']} of its sequences in the {read:.1%} that were looked at; "
+                f"({found['found']} of its sequences; {read:.0%} of the pool was looked at; "
                 f"guards.contamination={limit:g}). Its loss can fall by heart; take these texts out of the pool.",
             )
 
