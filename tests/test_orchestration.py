@@ -260,7 +260,7 @@ def test_an_inventory_that_finds_the_validation_set_in_the_pool_says_so(tmp_path
     state.prepare(config, run)
     stage = next(stage for stage in plan(config, run) if stage.command[0] == "inventory")
     for share, note in ((0.45, "45% of the set validation stand word for word in the pool"), (0.0, ""), (None, "")):
-        write_json(run / "contamination.json", {"sets": {"validation": {"contaminated_share": share}}})
+        write_json(run / "contamination.json", {"schema": 1, "sets": {"validation": {"contaminated_share": share}}})
         state.begin(run, stage, 1, run / "log", 0, {})
         assert state.finish(run, replace(stage, outputs=())).note == note
 
