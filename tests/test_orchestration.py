@@ -219,6 +219,8 @@ def test_why_a_stage_is_run_again(tmp_path: Path) -> None:
     assert why() is None
     source.write_text("2")
     assert why() == "source changed"
+    source.unlink()
+    assert why() == f"source is not there, seen from {Path.cwd()}"
     source.write_text("1")
     assert why() is None
     made.write_text("y")

@@ -142,7 +142,9 @@ def why_not_done(run_dir: Path, stage: Stage, record: Record | None) -> str | No
     now = digests(run_dir, stage.inputs)
     for name in sorted(now.keys() | record.inputs.keys()):
         if now.get(name) != record.inputs.get(name):
-            return f"{name} changed"
+            is_gone = name in now and now[name] is None
+            # paths in the settings are taken from where the command is called
+            return f"{name} is not there, seen from {Path.cwd()}" if is_gone else f"{name} changed"
     changed = changed_outputs(run_dir, stage, record)
     return f"{changed[0]} is not what it wrote" if changed else None
 

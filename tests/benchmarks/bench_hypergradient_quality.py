@@ -191,7 +191,7 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 PLANTED_MODEL = ModelConfig(preset="tiny", hidden_size=64, ffn_hidden_size=128)
-PLANTED_WALKS, PLANTED_BATCH, PLANTED_WARMUP, PLANTED_STEPS = Walks(64, 33), 8, 200, 400
+PLANTED_WALKS, PLANTED_BATCH, PLANTED_WARMUP, PLANTED_STEPS = Walks(64, 33), 8, 200, 800
 
 
 def auc(scores: np.ndarray, is_good: np.ndarray) -> float:
