@@ -3,12 +3,14 @@
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from megatron_bliss.bilevel.curvature import (
     Curvature,
+    Evaluation,
     Exact,
     FiniteDifference,
     GaussNewton,
@@ -20,7 +22,7 @@ from megatron_bliss.bilevel.curvature import (
 from megatron_bliss.bilevel.hypergradient import directional_derivatives, score_gradient
 from megatron_bliss.bilevel.loop import BilevelLoop, LoopSettings
 from megatron_bliss.bilevel.objective import entropy, importance_weights, score_coefficients, scores_from_logits
-from megatron_bliss.bilevel.optimizer import lr_factor
+from megatron_bliss.bilevel.optimizer import MOMENTS, AdamSettings, Optimizer, lr_factor
 from megatron_bliss.bilevel.solvers import Averaged, ConjugateGradient, Paper, Product, Solution, Solver
 from megatron_bliss.bilevel.space import ParameterSpace, Vector
 from megatron_bliss.errors import UserError
@@ -507,6 +509,35 @@ def test_between_its_updates_z_is_used_as_it_is(curvature: str, solver: str) -> 
     assert rare.solves_next
     assert "validation_loss" in step(rare, 3)
     assert not all(torch.equal(one, other) for one, other in zip(rare.solver.z, z, strict=True))
+
+
+def test_where_z_stays_gradients_come_from_either_side_in_turn() -> None:
+    loop, sides = make_loop("none", "averaged", solve_interval=4), []
+
+    def noted(self: NoCurvature, pool: Pool[Samples], z: Vector) -> Evaluation:
+        sides.append(pool.side)
+        return evaluate(self, pool, z)
+
+    evaluate = NoCurvature.evaluate
+    with patch.object(NoCurvature, "evaluate", noted):
+        for index in range(8):
+            step(loop, index)
+    assert sides == [-1, 1] * 4
+    batch = make_samples(N, D, C, 60, torch.float32)
+    pools = [Pool(loop.lower, [batch], [torch.full((N,), 1 / N)], RIDGE, side) for side in (1, -1)]
+    high, low = (NoCurvature().evaluate(pool, loop.solver.z) for pool in pools)
+    at, one = flat(pools[0].gradient()[0]), flat(high.gradient)
+    assert 1e-5 < relative_error(one, at) < 0.1
+    assert relative_error((one + flat(low.gradient)) / 2, at) < relative_error(one, at) / 10
+    assert torch.equal(high.derivatives, low.derivatives)
+
+
+def test_a_loaded_optimizer_counts_where_its_parameters_are() -> None:
+    parameter = torch.nn.Parameter(torch.empty(3, device="meta"))
+    space = ParameterSpace([parameter])
+    optimizer = Optimizer(space, torch.optim.AdamW([parameter]), [parameter], AdamSettings())
+    optimizer.load({name: space.zeros() for name in ("master", *MOMENTS)}, 5)
+    assert optimizer.inner.state[parameter]["step"].device.type == "meta"  # a fused kernel on a GPU needs it
 
 
 def test_z_is_updated_in_the_first_steps_and_then_now_and_then() -> None:

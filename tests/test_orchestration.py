@@ -13,11 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 from rich.console import Console
 
-from megatron_bliss.artifacts import write_json
 from megatron_bliss.config import (
     ControlConfig,
     LaunchConfig,
@@ -27,6 +27,8 @@ from megatron_bliss.config import (
     read_saved_config,
     save_config,
 )
+from megatron_bliss.data.inventory import Inventory
+from megatron_bliss.data.shards import ShardWriter, take_inventory
 from megatron_bliss.errors import StageError, UserError
 from megatron_bliss.orchestration import cost, local, state
 from megatron_bliss.orchestration.check import check
@@ -35,6 +37,7 @@ from megatron_bliss.orchestration.logs import Pace, user_error
 from megatron_bliss.orchestration.plan import Stage, arms, by_urgency, plan
 from megatron_bliss.orchestration.processes import RUN_VARIABLE
 from megatron_bliss.progress import Reading
+from megatron_bliss.stages.inventory import look_for_contamination
 from tests.fake_run import POLL_INTERVAL, fake_command, fake_config, journal
 
 EVERY_METHOD = [
@@ -261,10 +264,20 @@ def test_an_inventory_that_finds_the_validation_set_in_the_pool_says_so(tmp_path
     config, run = fake_config(), tmp_path / "run"
     state.prepare(config, run)
     stage = next(stage for stage in plan(config, run) if stage.command[0] == "inventory")
-    for share, note in ((0.45, "45% of the set validation stand word for word in the pool"), (0.0, ""), (None, "")):
-        write_json(run / "contamination.json", {"schema": 1, "sets": {"validation": {"contaminated_share": share}}})
+    random = np.random.default_rng(0)
+    texts = [random.integers(0, 100, 40) for _ in range(20)]
+    sequences = {"pool": [*texts, texts[0]], "valid": texts, "other": [row[::-1] for row in texts]}
+    for prefix, rows in sequences.items():
+        with ShardWriter(tmp_path / prefix, np.uint16) as writer:
+            for row in rows:
+                writer.add_document([row])
+    pool = take_inventory({"web": [str(tmp_path / "pool")]})
+    note = "100% of the set valid stand word for word in the pool"
+    for name, expected in (("valid", note), ("other", "")):
+        [record] = take_inventory({name: [str(tmp_path / name)]})
+        look_for_contamination(run / "contamination.json", Inventory(pool, {name: record}, None), 1_000_000)
         state.begin(run, stage, 1, run / "log", 0, {})
-        assert state.finish(run, replace(stage, outputs=())).note == note
+        assert state.finish(run, replace(stage, outputs=())).note == expected
 
 
 def _note_stages(run: str, first: int) -> None:

@@ -3,7 +3,7 @@
 Every kind offers two things. `evaluate` is what one step needs at one point, along the z of that moment: the gradient
 of G, Hz and g_i, sharing what is the same computation. `product` is Hv alone, for solvers that need more of them.
 
-    none                 H taken as 0: the control that every other kind must beat
+    none                 H taken as 0: the control that every other kind must beat, and what a step needs that keeps z
     finite-difference    (∇G(θ + εz) − ∇G(θ − εz)) / 2ε. The losses of the same two passes give g_i, and the mean of
                          their gradients is ∇G(θ) up to O(ε²‖z‖²): within 1e-3 on a float32 model. Parameters in 16
                          bits need an ε so large that it is not (19 % off on a trained bfloat16 model), so ∇G(θ) has
@@ -38,6 +38,7 @@ class Pool[Batch]:
     batches: Sequence[Batch]  # this rank's micro-batches
     weights: Sequence[Tensor]  # P_i of each micro-batch, [b]
     ridge: float  # λ
+    side: int = 1  # 1 or -1: of θ, where ∇G is taken close by
 
     def gradient(self) -> tuple[Vector, Tensor, Tensor]:
         """∇G at the parameters of this moment (reduced), L_i [local], and the mean KL (a scalar, global)."""
@@ -84,14 +85,15 @@ def is_full_precision(space: ParameterSpace) -> bool:
 
 class NoCurvature:
     """H = 0. In float32 a forward pass and one forward-backward pass are enough for ∇G and g_i: the gradient is taken
-    at θ + εz, where the loss is needed anyway. That is 3e-4 ‖θ‖ away, less than what a few steps of AdamW move θ."""
+    at θ + εz, where the losses are needed anyway, and differs from that at θ by a few per cent (εHz). The loop changes
+    `Pool.side`, the sign of ε, from step to step, so that the differences cancel."""
 
     def evaluate[Batch](self, pool: Pool[Batch], z: Vector) -> Evaluation:
         level, space = pool.level, pool.level.space
         if not is_full_precision(space):
             gradient, losses, kl = pool.gradient()
             return Evaluation(gradient, None, directional_derivatives(level, pool.batches, z), losses, kl)
-        epsilon, gradient = difference_step(space, z), space.accumulator()
+        epsilon, gradient = pool.side * difference_step(space, z), space.accumulator()
         with space.displaced(z) as move_to:
             move_to(-epsilon)
             low = torch.cat([level.losses(batch) for batch in pool.batches])

@@ -91,7 +91,8 @@ class BilevelLoop[Batch]:
         parts = score_logits(self.upper, batches)
         logits = torch.cat(parts)
         weights = importance_weights(scores_from_logits(logits), self.settings.weights, self._dp_group)
-        pool = Pool(self.lower, batches, weights.split([len(part) for part in parts]), self.settings.ridge)
+        side = 1 if self.steps_done % 2 else -1
+        pool = Pool(self.lower, batches, weights.split([len(part) for part in parts]), self.settings.ridge, side)
         if self.solver.is_simultaneous:
             outcome = self._simultaneous(pool, validation, factor)
         else:
@@ -107,7 +108,8 @@ class BilevelLoop[Batch]:
         return self.lower.space.dp_group
 
     def _simultaneous(self, pool: Pool[Batch], validation: Sequence[Sequence[Batch]], factor: float) -> _Outcome:
-        """All directions from one point and one z (SOBA, arXiv 2201.13409): the last inner step shares its gradient."""
+        """All directions from one point and one z (SOBA, arXiv 2201.13409): the last inner step shares its gradient,
+        which is that of a point close by where z is kept (`NoCurvature`)."""
         norms = [self.proxy_optimizer.step(pool.gradient()[0], factor) for _ in range(self.settings.inner_steps - 1)]
         solved = None
         if self.solves_next:

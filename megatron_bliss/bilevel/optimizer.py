@@ -81,7 +81,8 @@ class Optimizer:
         for index, parameter in enumerate(self.held):
             if parameter.numel():
                 state = {name: vectors[name][index].clone() for name in MOMENTS}
-                self.inner.state[parameter] = {"step": torch.tensor(float(count)), **state}
+                # where a fused kernel looks for it
+                self.inner.state[parameter] = {"step": torch.tensor(float(count), device=parameter.device), **state}
         if not isinstance(self.inner, torch.optim.AdamW):
             for group in self.inner.param_groups:
                 group["step"] = count  # fused optimizers count by group

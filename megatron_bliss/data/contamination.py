@@ -4,7 +4,7 @@ All n-grams of the set are looked up, in all of the pool or in evenly spaced blo
 64-bit hashes: of a million in the set and a billion in the pool, one in 10^4 runs takes one for another.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -53,6 +53,17 @@ def contamination(pool: Sequence[Shard], validation: ValidationSet, max_tokens: 
         "read_tokens": read_tokens,
         "pool_tokens": sum(part.num_tokens for part in pool),
     }
+
+
+def contaminated_share(found: Mapping[str, int]) -> float | None:
+    """Of the set, in the whole pool: what was found, by the share of the pool that was read.
+
+    :param found: what `contamination` returned.
+    :returns: None where less than two sequences were found.
+    """
+    if found["found"] < 2:
+        return None
+    return min(found["found"] / found["num_sequences"] * found["pool_tokens"] / found["read_tokens"], 1.0)
 
 
 def _blocks(pool: Sequence[Shard], max_tokens: int) -> Iterator[np.ndarray]:

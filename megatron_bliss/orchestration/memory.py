@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from megatron_bliss.config import ModelConfig, RunConfig
 from megatron_bliss.mcore.architectures import Architecture, padded_vocab_size, resolve
-from megatron_bliss.orchestration.flops import attention_is_fused, solving_steps
+from megatron_bliss.orchestration.flops import attention_is_fused
 
 GPU_CHUNK = 1 << 24  # logits that losses hold in float32 at a time (mcore/losses.py)
 _FLOAT = 4  # bytes
@@ -264,9 +264,6 @@ def _bilevel(config: RunConfig, chunk: int) -> Peak:
     graph = proxy.graph(tokens)
     validation = Peak(vectors=whole, logits=logits + 2 * held) + graph
     moments = [learns, validation, *_curvature(config, proxy, tokens, own, whole, held)]
-    if solving_steps(bilevel) < bilevel.outer_steps:
-        idle = replace(config, bilevel=replace(bilevel, curvature="none"))
-        moments += _curvature(idle, proxy, tokens, own, whole, held)
     return stays + max(moments, key=lambda moment: moment.total)
 
 

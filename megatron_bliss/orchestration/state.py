@@ -17,6 +17,7 @@ from pathlib import Path
 
 from megatron_bliss.artifacts import RunPaths, digest_file, digest_json, digest_tree, read_json, write_json
 from megatron_bliss.config import RunConfig, differences, read_saved_config, save_config
+from megatron_bliss.data.contamination import contaminated_share
 from megatron_bliss.errors import UserError
 from megatron_bliss.orchestration.plan import Arm, Stage, arms, plan
 from megatron_bliss.stages.guards import describe, guarded
@@ -92,7 +93,7 @@ def begin(
 
 
 def finish(run_dir: Path, stage: Stage) -> Record:
-    """Note that a stage ended well, and what guards did in it."""
+    """Note that a stage ended well, and what it found."""
     record = read_state(run_dir)[stage.name]
     outputs = digests(run_dir, stage.outputs)
     done = replace(record, status="done", finished=time.time(), outputs=outputs, note=_finding(stage))
@@ -104,7 +105,8 @@ def _finding(stage: Stage) -> str:
     paths, number = RunPaths(stage.run_dir), stage.round_number
     if stage.command[0] == "inventory" and paths.contamination.exists():
         limit = read_saved_config(paths.config).guards.contamination
-        shares = {name: found["contaminated_share"] for name, found in read_json(paths.contamination)["sets"].items()}
+        sets = read_json(paths.contamination)["sets"]
+        shares = {name: contaminated_share(found) for name, found in sets.items()}
         found = [f"{share:.0%} of the set {name}" for name, share in shares.items() if share and share > limit]
         return f"{', '.join(found)} stand word for word in the pool" if found else ""
     if stage.command[0] != "score" or number is None:

@@ -76,8 +76,8 @@ def show_report(console: Console, run_dir: Path) -> None:
     facts = page.with_suffix(".json")
     if not page.exists() or not facts.exists():
         return
-    console.print(f"report: {page}", soft_wrap=True, highlight=False)
-    for warning in read_json(facts)["warnings"]:
+    console.print(f"report: {page}", soft_wrap=True, highlight=False, markup=False)
+    for warning in read_json(facts).get("warnings", []):
         console.print(f"  {warning['sentence']}", style="yellow", soft_wrap=True, highlight=False, markup=False)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_bliss.artifacts import RunPaths, read_json
+from megatron_bliss.data.contamination import contaminated_share
 from megatron_bliss.data.inventory import Inventory
 from megatron_bliss.report.collect import ArmFiles, Point, RoundFiles, collect
 from megatron_bliss.report.curves import columns
@@ -52,8 +53,7 @@ def _validation_sets(paths: RunPaths) -> dict[str, dict[str, Any]]:
     """By name: how large they are, and what of them stands in the pool, as far as it was looked for. Empty before the
     inventory.
 
-    contaminated_share      of the set, in the whole pool: what was found by the share of the pool that was read, None
-                            where less than two sequences were found
+    contaminated_share      of the set, in the whole pool; None where less than two sequences were found
     """
     if not paths.inventory.exists():
         return {}
@@ -61,10 +61,8 @@ def _validation_sets(paths: RunPaths) -> dict[str, dict[str, Any]]:
     found = {}
     for name, record in Inventory.read(paths.inventory).validation.items():
         one = dict.fromkeys(("found", "read_tokens", "pool_tokens"), 0) | looked.get(name, {})
-        share = None
-        if one["found"] > 1:
-            share = min(one["found"] / record.num_sequences * one["pool_tokens"] / one["read_tokens"], 1.0)
-        found[name] = one | {"num_sequences": record.num_sequences, "contaminated_share": share}
+        one["num_sequences"] = record.num_sequences
+        found[name] = one | {"contaminated_share": contaminated_share(one)}
     return found
 
 
