@@ -310,11 +310,17 @@ def behaviour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]
 
 
 def drive(config: RunConfig, run: Path, behaviour: dict[str, Any]) -> subprocess.Popen[str]:
-    """The launcher as a process of its own."""
+    """The launcher as a process of its own, which heeds SIGINT even if the tests run in a shell's background."""
     settings = run.parent / "settings.yaml"
     save_config(config, settings)
     words = [sys.executable, "-m", "tests.fake_run", str(settings), str(run), json.dumps(behaviour)]
-    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        words,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # type: ignore[arg-type, return-value]
+    )
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
