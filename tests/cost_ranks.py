@@ -1,4 +1,4 @@
-"""Measures what stages take: bytes that torch has allocated at the peak, and floating-point operations that it did."""
+"""Measures what stages take: bytes of all tensors at the peak, and floating-point operations."""
 
 import contextlib
 from collections.abc import Callable, Iterator

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_bliss.artifacts import RunPaths, read_json, write_json
-from megatron_bliss.config import RunConfig, read_saved_config
+from megatron_bliss.config import RunConfig, read_saved_config, save_config
 from megatron_bliss.data.inventory import Inventory
 from megatron_bliss.data.scores import ScoreWriter
 from megatron_bliss.data.selection import Counts, KeptShard, write_selection
@@ -214,6 +215,15 @@ def test_result_falls_back_to_the_main_line_for_every_arm(run: Path) -> None:
     assert found["arms"]["bliss"]["test_loss"] == pytest.approx(3.8)
     assert found["arms"]["random"]["test_loss"] == pytest.approx(4.1 - 0.15 / 3)  # a third of the way from 17 to 20
     assert found["seed"] == 7
+
+
+def test_a_run_of_one_arm_says_what_it_cannot_tell(run: Path) -> None:
+    sentence = "There is one arm, so this cannot say what selecting is worth"
+    for controls in (read_saved_config(run / "run.yaml").controls, []):
+        save_config(replace(read_saved_config(run / "run.yaml"), controls=controls), run / "run.yaml")
+        result.write(run)
+        page.write(run)
+        assert (sentence in (run / "report.html").read_text()) == (not controls)
 
 
 def test_a_target_domain_that_is_not_there_is_refused(run: Path) -> None:

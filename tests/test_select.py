@@ -479,6 +479,15 @@ def test_scores_of_another_tokenizer_are_refused(tmp_path: Path) -> None:
     select.run(run_dir, 1)
 
 
+def test_a_tokenizer_that_is_not_there_is_no_other_one(tmp_path: Path) -> None:
+    run_dir = start(tmp_path / "run", "data.tokenizer.model=shards/tokenizer.model")
+    manifest = RunPaths(run_dir).scores(1) / "manifest.json"
+    facts = {"type": "SentencePieceTokenizer", "model_sha256": "0" * 64, "vocab_size": 100}
+    write_json(manifest, read_json(manifest, SCHEMA) | {"tokenizer": facts})
+    with pytest.raises(UserError, match=r"data\.tokenizer\.model shards/tokenizer\.model is not there, seen from"):
+        select.run(run_dir, 1)
+
+
 def test_a_full_disk(run_dir: Path) -> None:
     """A limit on the size of files stands for it: the same error, at the same place."""
     select.run(run_dir, 1)

@@ -24,7 +24,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron_bliss.bilevel.hypergradient import difference_step, directional_derivatives, slopes
+from megatron_bliss.bilevel.hypergradient import central_differences, difference_step, directional_derivatives
 from megatron_bliss.bilevel.levels import LowerLevel, LowerTerms
 from megatron_bliss.bilevel.space import ParameterSpace, Vector, group_size, group_sum_
 from megatron_bliss.errors import UserError
@@ -38,7 +38,7 @@ class Pool[Batch]:
     batches: Sequence[Batch]  # this rank's micro-batches
     weights: Sequence[Tensor]  # P_i of each micro-batch, [b]
     ridge: float  # λ
-    side: int = 1  # 1 or -1: of θ, where ∇G is taken close by
+    side: int = 1  # 1 or -1, the sign of ε where ∇G is taken at θ + εz instead of θ (`NoCurvature`)
 
     def gradient(self) -> tuple[Vector, Tensor, Tensor]:
         """∇G at the parameters of this moment (reduced), L_i [local], and the mean KL (a scalar, global)."""
@@ -86,7 +86,7 @@ def is_full_precision(space: ParameterSpace) -> bool:
 class NoCurvature:
     """H = 0. In float32 a forward pass and one forward-backward pass are enough for ∇G and g_i: the gradient is taken
     at θ + εz, where the losses are needed anyway, and differs from that at θ by a few per cent (εHz). The loop changes
-    `Pool.side`, the sign of ε, from step to step, so that the differences cancel."""
+    `Pool.side` from step to step, so that most of the difference cancels."""
 
     def evaluate[Batch](self, pool: Pool[Batch], z: Vector) -> Evaluation:
         level, space = pool.level, pool.level.space
@@ -106,7 +106,7 @@ class NoCurvature:
         return Evaluation(
             gradient=pool.add_ridge_(space.reduce_gradients(gradient), space.masters),
             product=None,
-            derivatives=slopes(high, low, epsilon),
+            derivatives=central_differences(high, low, epsilon),
             losses=(high + low) / 2,
             kl=pool.total_kl([term.kl for term in terms]),
         )
@@ -152,7 +152,7 @@ class FiniteDifference:
         return Evaluation(
             gradient=pool.add_ridge_(space.reduce_gradients(mean), space.masters),
             product=pool.add_ridge_(space.reduce_gradients(difference), z),
-            derivatives=slopes(high, low, epsilon),
+            derivatives=central_differences(high, low, epsilon),
             losses=(high + low) / 2,
             kl=pool.total_kl(kl),
         )

@@ -28,11 +28,11 @@ def directional_derivatives[Batch](lower: LowerLevel[Batch], batches: Sequence[B
             plus = torch.cat([lower.losses(batch) for batch in batches])
         with lower.space.perturbed(z, -epsilon):
             minus = torch.cat([lower.losses(batch) for batch in batches])
-    return slopes(plus, minus, epsilon)
+    return central_differences(plus, minus, epsilon)
 
 
-def slopes(plus: Tensor, minus: Tensor, epsilon: Tensor) -> Tensor:
-    """g_i from the L_i at θ + εz and θ − εz, [local] each."""
+def central_differences(plus: Tensor, minus: Tensor, epsilon: Tensor) -> Tensor:
+    """g_i, [local], from the L_i at θ + εz and at θ − εz, [local] each; ε is a float64 scalar tensor."""
     return (plus - minus) / (2 * epsilon).to(plus.dtype)
 
 

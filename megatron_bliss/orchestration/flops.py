@@ -31,7 +31,7 @@ _PRODUCT = {
 _EVALUATION = {
     "none": Passes(2, 1), "finite-difference": Passes(2, 2), "gauss-newton": Passes(3, 2), "exact": Passes(6, 4),
 }  # fmt: skip
-# what it adds that parameters of 16 bits need a gradient at the parameters themselves
+# passes on top of those where parameters have 16 bits: their gradient is not taken at a displaced point
 _EVALUATION_IN_16_BITS = {"none": FORWARD, "finite-difference": TRAINING}
 
 

@@ -140,13 +140,13 @@ def _check_scores(files: ScoreFiles, method: OfflineMethod, config: RunConfig) -
         raise UserError(
             f"{files.directory} holds scores of {files.method!r}, this run selects by {method.name!r}; {remedy}"
         )
-    model, facts = config.data.tokenizer.model, tokenizer_facts(config.data.tokenizer)
+    model = config.data.tokenizer.model
     if files.tokenizer is not None and files.tokenizer["model_sha256"] and model and not Path(model).exists():
         raise UserError(
             f"data.tokenizer.model {model} is not there, seen from {Path.cwd()}; call this from where the run was "
             "started, or give an absolute path"
         )
-    if files.tokenizer is not None and files.tokenizer != facts:
+    if files.tokenizer is not None and files.tokenizer != tokenizer_facts(config.data.tokenizer):
         raise UserError(f"{files.directory} holds scores made with another tokenizer than data.tokenizer; {remedy}")
 
 
