@@ -15,7 +15,8 @@ import os
 import pickle
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from typing import Any
@@ -50,6 +51,14 @@ def run_ranks(function: Callable[..., Any], num_ranks: int, *args: Any, timeout:
     :param timeout: seconds for all ranks together; those that still run then are killed.
     :raises AssertionError: with the traceback of the first rank that failed, or the ranks that hung.
     """
+    with started_ranks(function, num_ranks, *args) as results:
+        return results(timeout)
+
+
+@contextmanager
+def started_ranks(function: Callable[..., Any], num_ranks: int, *args: Any) -> Iterator[Callable[[float], list[Any]]]:
+    """`run_ranks` in two parts, for groups that are there at the same time: what is given waits for the results, as
+    many seconds as it is told. Ranks that are there at the end are killed."""
     _store, told = meeting_place()
     environment = dict(os.environ) | told | _ONE_THREAD
     environment |= {"WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks)}
@@ -61,8 +70,9 @@ def run_ranks(function: Callable[..., Any], num_ranks: int, *args: Any, timeout:
         processes.append(forked(_rank, rank, own, sender, work))
     for _, sender in pipes:
         sender.close()
+    receivers = [receiver for receiver, _ in pipes]
     try:
-        return _collect([receiver for receiver, _ in pipes], time.monotonic() + timeout)
+        yield lambda timeout: _collect(receivers, time.monotonic() + timeout)
     finally:
         # those that gave their result are gone already or about to be
         for process in processes:

@@ -1,13 +1,13 @@
 """One outer step of the engine beside the authors' loop (`reference_loop.py`): seconds, phases, memory.
 
-Both sides have the same models, batch and inner steps and two threads, each in a process of its own; the engine has the
+All sides have the same models, batch and inner steps and two threads, each in a process of its own; the engine has the
 defaults of `BilevelConfig` and micro-batches of 512 tokens. Fused attention has no second derivative: the authors'
-proxy does without. Seconds of an outer step: the median of REPEATS after WARM_UP, in each of ROUNDS processes a side.
-The engine updates z in each of the first steps and then every `solve_interval`-th: both are timed, the latter in cycles
-from one update to the next, and count by their number in a round of `outer_steps`. `speedup_every_step` is that of the
-first ones, which do what the authors' steps do. Memory is the peak of the resident set over all steps above what is
-resident before the first one, when the models are built
-(VmHWM in /proc/self/status, set back at that point). `memory_ratio` is that of the authors' loop as it is,
+proxy does without. The sides take turns, so that a machine that gets slower for a while does so for all of them; a turn
+is one step of the authors' loop, and of the engine one step as the first ones are, which update z, and a cycle of later
+ones, from one update to the next. Both count by their number in a round of `outer_steps`. Ratios are those of a turn:
+their median, with quartiles. `speedup_every_step` is that of the first steps, which do what the authors' steps do.
+Memory is the peak of the resident set over all steps above what is resident before the first one, when the models are
+built (VmHWM in /proc/self/status, set back at that point). `memory_ratio` is that of the authors' loop as it is,
 `memory_ratio_plain_target` that of one whose target builds no graph.
 
 `tp2_ok`: on two tensor-parallel processes of one thread each the engine takes the steps it takes on one: losses agree
@@ -17,10 +17,12 @@ HYPERGRADIENT_TOLERANCE, relative.
 `scaling`: the engine at S with larger batches in micro-batches of the same size.
 """
 
+import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -40,11 +42,16 @@ from megatron_bliss.mcore.parallel import ParallelContext
 from megatron_bliss.mcore.score_model import build_score_model
 from megatron_bliss.stages.bilevel import assemble
 from tests.benchmarks.reference_loop import Models, Phases, ReferenceLoop, Settings
-from tests.distributed import run_ranks
+from tests.distributed import run_ranks, started_ranks
 
-WARM_UP, REPEATS, ROUNDS, THREADS = 2, 3, 3, 2
+THREADS = 2
+TURNS = {"S": 20, "M": 6}
 LABELLED = 4  # last tokens of a validation sequence that carry loss: the answer
 LOSS_TOLERANCE, HYPERGRADIENT_TOLERANCE = 1e-5, 2e-3
+
+
+type Turn = Callable[[], AbstractContextManager[None]]  # held while a process is at work
+type Side = Callable[[Size, ParallelContext, Turn, int], dict[str, Any]]  # the last: number of turns that are timed
 
 
 @dataclass(frozen=True)
@@ -72,8 +79,8 @@ SIZES = {
 
 
 def measure() -> dict[str, Any]:
-    results: dict[str, Any] = {name: compare(size) for name, size in SIZES.items()}
-    alone, shared = (run(engine, SIZES["S"], tensor_parallel) for tensor_parallel in (1, 2))
+    results: dict[str, Any] = {name: compare(name) for name in SIZES}
+    alone, shared = (run(engine, SIZES["S"], tensor_parallel=ranks) for ranks in (1, 2))
     loss_error, hypergradient_error = differences(alone, shared)
     results["tp2_ok"] = loss_error < LOSS_TOLERANCE and hypergradient_error < HYPERGRADIENT_TOLERANCE
     results["scaling"] = scaling()
@@ -83,7 +90,7 @@ def measure() -> dict[str, Any]:
 
 def scaling() -> dict[str, Any]:
     """Seconds and peak memory of the engine at S by the sequences of a batch: linear, and always the same."""
-    found = {batch: run(engine, replace(SIZES["S"], batch=batch)) for batch in (8, 16, 32)}
+    found = {batch: shown(run(engine, replace(SIZES["S"], batch=batch))) for batch in (8, 16, 32)}
     return {
         str(batch): {
             "seconds": side["seconds"],
@@ -94,58 +101,89 @@ def scaling() -> dict[str, Any]:
     }
 
 
-def compare(size: Size, rounds: int = ROUNDS) -> dict[str, Any]:
-    """The sides take turns, so that a machine that gets slower for a while does so for all of them; ratios are those
-    of a round, and their median is given with the smallest and the largest."""
-    makers: dict[str, Callable[[], dict[str, Any]]] = {
-        "reference": lambda: run(authors, size),
-        "engine": lambda: run(engine, size),
-        "engine_bf16_target": lambda: run(engine, replace(size, target=replace(size.target, bf16=True))),
-    }
-    found = [{name: make() for name, make in makers.items()} for _ in range(rounds)]
-    plain = run(partial(authors, target_graph=False), size)
+def compare(name: str) -> dict[str, Any]:
+    """The sides beside each other on the models of that size."""
+    size, turns = SIZES[name], TURNS[name]
+    with_bf16 = replace(size, target=replace(size.target, bf16=True))
+    sides = {"reference": (authors, size), "engine": (engine, size), "engine_bf16_target": (engine, with_bf16)}
+    found = dict(zip(sides, take_turns(list(sides.values()), turns), strict=True))
+    plain = run(partial(authors, target_graph=False), size, 2)
 
-    def ratios(over: str, under: str, figure: str) -> list[float]:
-        return sorted(sides[over][figure] / sides[under][figure] for sides in found)
+    def ratio(under: str, figure: str = "seconds") -> dict[str, Any]:
+        each = [a / b for a, b in zip(found["reference"]["seconds"], found[under][figure], strict=True)]
+        low, middle, high = statistics.quantiles(each, n=4)
+        return {"median": middle, "quartiles": [low, high]}
 
-    speedups, with_bf16 = ratios("reference", "engine", "seconds"), ratios("reference", "engine_bf16_target", "seconds")
-    every_step = sorted(sides["reference"]["seconds"] / sides["engine"]["seconds_every_step"] for sides in found)
     return {
-        "reference_s": statistics.median(sides["reference"]["seconds"] for sides in found),
-        "engine_s": statistics.median(sides["engine"]["seconds"] for sides in found),
-        "speedup": statistics.median(speedups),
-        "speedup_spread": [speedups[0], speedups[-1]],
-        "speedup_bf16_target": statistics.median(with_bf16),
-        "speedup_bf16_target_spread": [with_bf16[0], with_bf16[-1]],
-        "speedup_every_step": statistics.median(every_step),
-        "speedup_every_step_spread": [every_step[0], every_step[-1]],
-        "memory_ratio": statistics.median(ratios("engine", "reference", "peak_mb")),
-        "memory_ratio_plain_target": found[0]["engine"]["peak_mb"] / plain["peak_mb"],
-    } | {name: shown(found[0][name]) for name in makers}
+        "speedup": ratio("engine"),
+        "speedup_bf16_target": ratio("engine_bf16_target"),
+        "speedup_every_step": ratio("engine", "seconds_every_step"),
+        "turns": turns,
+        "memory_ratio": found["engine"]["peak_mb"] / found["reference"]["peak_mb"],
+        "memory_ratio_plain_target": found["engine"]["peak_mb"] / plain["peak_mb"],
+    } | {side: shown(figures) for side, figures in found.items()}
 
 
 def shown(side: dict[str, Any]) -> dict[str, Any]:
     """What the table and the JSON hold of a process."""
-    return {name: side[name] for name in ("seconds", "seconds_all", "phases", "resident_mb", "peak_mb")}
+    return {"seconds": statistics.median(side["seconds"])} | {
+        name: side[name] for name in ("phases", "resident_mb", "peak_mb")
+    }
 
 
-def run(
-    side: Callable[..., dict[str, Any]], size: Size, tensor_parallel: int = 1, repeats: int = REPEATS
-) -> dict[str, Any]:
+def run(side: Side, size: Size, turns: int = 3, tensor_parallel: int = 1) -> dict[str, Any]:
     """What `side` finds on the first of `tensor_parallel` fresh processes."""
-    found: dict[str, Any] = run_ranks(_rank, tensor_parallel, tensor_parallel, side, size, repeats, timeout=900)[0]
+    found: dict[str, Any] = run_ranks(_rank, tensor_parallel, tensor_parallel, side, size, turns, timeout=900)[0]
     return found
 
 
+def take_turns(sides: Sequence[tuple[Side, Size]], turns: int) -> list[dict[str, Any]]:
+    """What each side finds in a process of its own, where one waits while another is at work."""
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as started:
+        doors = [Path(folder) / str(number) for number in range(len(sides))]
+        for door in doors:
+            os.mkfifo(door)
+        results = [
+            started.enter_context(started_ranks(_rank, 1, 1, side, size, turns, doors[i], doors[(i + 1) % len(sides)]))
+            for i, (side, size) in enumerate(sides)
+        ]
+        open_door(doors[0])
+        return [result(3600)[0] for result in results]
+
+
+def open_door(door: Path) -> None:
+    """Let the process go on that waits there. A FIFO; what is written waits for as long as someone has it open."""
+    with open(door, "wb") as stream:
+        stream.write(b"!")
+
+
 def _rank(
-    rank: int, tensor_parallel: int, side: Callable[..., dict[str, Any]], size: Size, repeats: int
+    rank: int,
+    tensor_parallel: int,
+    side: Side,
+    size: Size,
+    turns: int,
+    own: Path | None = None,
+    other: Path | None = None,
 ) -> dict[str, Any]:
+    """:param own: where this process waits before each of its turns. :param other: where the next one does."""
     context = parallel.initialize(tensor_parallel, False, seed=0)
     torch.set_num_threads(THREADS // tensor_parallel)
-    return side(size, context, repeats)
+    waits = own and os.open(own, os.O_RDWR)
+    following = other and os.open(other, os.O_RDWR)
+
+    @contextmanager
+    def turn() -> Iterator[None]:
+        if waits is not None:
+            os.read(waits, 1)
+        yield
+        if following is not None:
+            os.write(following, b"!")
+
+    return side(size, context, turn, turns)
 
 
-def authors(size: Size, context: ParallelContext, repeats: int, target_graph: bool = True) -> dict[str, Any]:
+def authors(size: Size, context: ParallelContext, turn: Turn, turns: int, target_graph: bool = True) -> dict[str, Any]:
     proxy, target, score = build(size, context, plain_proxy=True)  # fused attention has no second derivative
     settings, ours = Settings(target_graph=target_graph), BilevelConfig()
     assert settings.inner_steps == ours.inner_steps
@@ -163,42 +201,43 @@ def authors(size: Size, context: ParallelContext, repeats: int, target_graph: bo
             *(batch for is_validation in (False, True) for batch in batches(size, context, number, is_validation))
         )
 
-    return timed(step, loop.phases, repeats)
+    found = timed({"seconds": step}, turn, turns, loop.phases)
+    return found | {"phases": {name: total / turns for name, total in loop.phases.seconds.items()}}
 
 
-def engine(size: Size, context: ParallelContext, repeats: int) -> dict[str, Any]:
+def engine(size: Size, context: ParallelContext, turn: Turn, turns: int) -> dict[str, Any]:
     """Timings, and the losses and hypergradient of the last step."""
     proxy, target, score = build(size, context)
     settings = BilevelConfig(batch_size=size.batch, validation_batch_size=size.batch, micro_batch_size=size.micro_batch)
     loop = assemble(settings, proxy, score, target.requires_grad_(False), context, size.vocab_size)
-    phases = Phases()
+    phases, interval = Phases(), settings.solve_interval
+    begin = -(-settings.solve_first // interval) * interval
     last: dict[str, Any] = {}
 
     def step(number: int) -> None:
+        loop.steps_done = number
         parts = [
             micro_batches(batches(size, context, number, is_validation, settings.micro_batch_size), context)
             for is_validation in (False, True)
         ]
         last.update(loop.step(*parts))
 
+    def cycle(number: int) -> None:
+        with watched(loop, target, phases):
+            for later in range(interval):
+                step(begin + number * interval + later)
+
     def kept(gradient: Callable[..., Any], upper: Any, parts: Any, coefficients: Sequence[torch.Tensor]) -> Any:
         last["coefficients"] = torch.cat(list(coefficients)).tolist()
         return gradient(upper, parts, coefficients)
 
-    with (
-        patch.object(loop_module, "score_gradient", partial(kept, score_gradient)),
-        watched(loop, target, phases),
-    ):
-        first = timed(step, phases, repeats)
-        loop.steps_done = settings.solve_first
-        later = timed(step, phases, repeats, settings.solve_interval)
+    with patch.object(loop_module, "score_gradient", partial(kept, score_gradient)):
+        found = timed({"seconds_every_step": step, "seconds": cycle}, turn, turns, phases)
     share = settings.solve_first / settings.outer_steps
-
-    return later | {
-        "seconds": share * first["seconds"] + (1 - share) * later["seconds"],
-        "seconds_every_step": first["seconds"],
-        "peak_mb": max(first["peak_mb"], later["resident_mb"] - first["resident_mb"] + later["peak_mb"]),
-        "resident_mb": first["resident_mb"],
+    both = zip(found["seconds_every_step"], found["seconds"], strict=True)
+    return found | {
+        "seconds": [share * first + (1 - share) * later / interval for first, later in both],
+        "phases": {name: total / turns / interval for name, total in phases.seconds.items()},
         "last": last,
     }
 
@@ -258,31 +297,26 @@ def batches(
     ]
 
 
-def timed(step: Callable[[int], None], phases: Phases, repeats: int, cycle: int = 1) -> dict[str, Any]:
-    """Seconds a step, MB.
+def timed(works: dict[str, Callable[[int], None]], turn: Turn, turns: int, phases: Phases) -> dict[str, Any]:
+    """Seconds of each of `works` in each turn, MB.
 
-    :param step: takes its 0-based number.
-    :param cycle: steps that are timed together and count as their mean.
+    :param works: take the 0-based number of the turn. The first of them is done once more before, not counted: memory
+        that a process frees may have gone to others while it waited, to come back page by page.
     """
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark is what is resident now
     resident = memory_mb("VmRSS")
-    warm_up = -(-WARM_UP // cycle) * cycle
-    for number in range(warm_up):
-        step(number)
-    phases.seconds.clear()
-    seconds = []
-    for first in range(warm_up, warm_up + repeats * cycle, cycle):
-        began = time.perf_counter()
-        for number in range(first, first + cycle):
-            step(number)
-        seconds.append((time.perf_counter() - began) / cycle)
-    return {
-        "seconds": statistics.median(seconds),
-        "seconds_all": sorted(seconds),
-        "phases": {name: total / repeats / cycle for name, total in phases.seconds.items()},
-        "resident_mb": resident,
-        "peak_mb": memory_mb("VmHWM") - resident,
-    }
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    warm_up = next(iter(works.values()))
+    for number in range(turns):
+        with turn():
+            before = dict(phases.seconds)
+            warm_up(number)
+            phases.seconds = before
+            for name, work in works.items():
+                began = time.perf_counter()
+                work(number)
+                seconds[name].append(time.perf_counter() - began)
+    return seconds | {"resident_mb": resident, "peak_mb": memory_mb("VmHWM") - resident}
 
 
 def memory_mb(name: str) -> float:
