@@ -430,8 +430,8 @@ def two_ranks(rank: int, folder: Path) -> dict[str, Any]:
         named, lower, upper = build(context)
         names = ("gradient", "product", "gauss-newton gradient", "gauss-newton product", "idle gradient")
         vectors = {
-            "model": {name: lower.space.accumulator() for name in names},
-            "score": {"hypergradient": upper.space.accumulator()},
+            "model": {name: lower.space.zeros() for name in names},
+            "score": {"hypergradient": upper.space.zeros()},
         }
         checkpoints.load(folder / f"vectors-{layout}", {name: named[name] for name in vectors}, vectors)
         results[layout]["vectors"] = arrays(vectors)

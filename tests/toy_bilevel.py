@@ -51,7 +51,7 @@ class ToyLower:
         return (weights * cross_entropy(logits, batch.y)).sum() + self.gamma * kl
 
     def add_gradient(
-        self, batch: Samples, weights: Tensor, gradient: Vector, logits: Tensor | None = None
+        self, batch: Samples, weights: Tensor, gradient: Vector, outputs: Tensor | None = None
     ) -> LowerTerms:
         self.objective(batch, weights).backward()
         self.space.harvest_(gradient)
@@ -63,18 +63,27 @@ class ToyLower:
     def losses(self, batch: Samples) -> Tensor:
         return cross_entropy(self.model(batch.x), batch.y)
 
-    def logits(self, batch: Samples, has_graph: bool) -> Tensor:
-        with torch.set_grad_enabled(has_graph):
-            logits = self.model(batch.x)
-        return logits if has_graph else logits.to(self.space.masters[0].dtype)
+    def outputs(self, batch: Samples) -> Tensor:
+        return self.model(batch.x)
+
+    @torch.no_grad()
+    def values(self, batch: Samples) -> Tensor:
+        return self.model(batch.x).to(self.space.masters[0].dtype)
 
     def add_gauss_newton(
-        self, logits: Tensor, batch: Samples, weights: Tensor, tangent: Tensor, product: Vector, keeps_graph: bool
+        self,
+        outputs: Tensor,
+        batch: Samples,
+        weights: Tensor,
+        along: tuple[Tensor, Tensor, Tensor],
+        product: Vector,
+        keeps_graph: bool,
     ) -> Tensor:
-        p = logits.detach().softmax(1)
+        ahead, behind, distance = along
+        tangent, p = (ahead - behind) / distance.to(ahead.dtype), outputs.detach().softmax(1)
         mean = (p * tangent).sum(1, keepdim=True)
         total = weights + self.gamma / batch.total
-        torch.autograd.backward(logits, total[:, None] * p * (tangent - mean), retain_graph=keeps_graph)
+        torch.autograd.backward(outputs, total[:, None] * p * (tangent - mean), retain_graph=keeps_graph)
         self.space.harvest_(product)
         return mean[:, 0] - tangent.gather(1, batch.y[:, None])[:, 0]
 

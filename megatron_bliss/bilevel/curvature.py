@@ -186,18 +186,17 @@ class GaussNewton:
         epsilon = difference_step(level.space, v)
         terms, derivatives = [], []
         for batch, weights in zip(pool.batches, pool.weights, strict=True):
-            # what the displacement needs is gone before there is a graph, and the tangent before the target's logits
-            with level.space.displaced(v) as move_to:
+            with level.space.displaced(v) as move_to:  # what it needs is gone before there is a graph
                 move_to(epsilon)
-                tangent = level.logits(batch, has_graph=False)
+                ahead = level.values(batch)
                 move_to(-epsilon)
-                tangent.sub_(level.logits(batch, has_graph=False)).div_((2 * epsilon).to(tangent.dtype))
-            logits = level.logits(batch, has_graph=True)
-            derivatives.append(level.add_gauss_newton(logits, batch, weights, tangent, product, gradient is not None))
-            del tangent
+                along = ahead, level.values(batch), 2 * epsilon
+            outputs = level.outputs(batch)
+            derivatives.append(level.add_gauss_newton(outputs, batch, weights, along, product, gradient is not None))
+            del ahead, along  # before the target's are made
             if gradient is not None:
-                terms.append(level.add_gradient(batch, weights, gradient, logits))
-            del logits
+                terms.append(level.add_gradient(batch, weights, gradient, outputs))
+            del outputs
         return terms, torch.cat(derivatives)
 
 
@@ -235,10 +234,8 @@ class Exact:
                 ),
                 start=value.new_zeros(()),
             )
-            products = torch.autograd.grad(along, space.parameters, allow_unused=True)
-            for part, product in zip(total, products, strict=True):
-                if product is not None:
-                    part.add_(product)
+            along.backward()
+            space.harvest_(total)
         return pool.add_ridge_(space.reduce_gradients(total), v)
 
 

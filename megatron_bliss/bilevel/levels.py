@@ -4,7 +4,7 @@
 at the parameters of that moment, so that a perturbation around it is felt.
 """
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -23,11 +23,11 @@ class LowerLevel[Batch](Protocol):
 
     space: ParameterSpace
 
-    def add_gradient(self, batch: Batch, weights: Tensor, gradient: Vector, logits: Tensor | None = None) -> LowerTerms:
+    def add_gradient(self, batch: Batch, weights: Tensor, gradient: Vector, outputs: Any = None) -> LowerTerms:
         """Add this micro-batch's ∇(Σ P_i L_i + γ KL) to `gradient`, not reduced over ranks.
 
         :param weights: P_i, [b].
-        :param logits: of `logits`, with a graph, where they are there already; used up.
+        :param outputs: of `outputs`, where they are there already; used up.
         """
         ...
 
@@ -35,20 +35,30 @@ class LowerLevel[Batch](Protocol):
         """L_i, [b], without a graph."""
         ...
 
-    def logits(self, batch: Batch, has_graph: bool) -> Tensor:
-        """What losses and KL are computed from, any shape; without a graph in the precision of the masters."""
+    def outputs(self, batch: Batch) -> Any:
+        """A forward pass with a graph, for `add_gauss_newton` and `add_gradient` to go back through."""
+        ...
+
+    def values(self, batch: Batch) -> Any:
+        """The same without a graph, and not changed by what becomes of the parameters."""
         ...
 
     def add_gauss_newton(
-        self, logits: Tensor, batch: Batch, weights: Tensor, tangent: Tensor, product: Vector, keeps_graph: bool
+        self,
+        outputs: Any,
+        batch: Batch,
+        weights: Tensor,
+        along: tuple[Any, Any, Tensor],
+        product: Vector,
+        keeps_graph: bool,
     ) -> Tensor:
-        """Add Jᵀ B `tangent` to `product`, not reduced, and return ⟨v, ∇L_i⟩, [b].
+        """Add Jᵀ B J v to `product`, not reduced, and return ⟨v, ∇L_i⟩, [b].
 
         B = (weight of a token) · (diag(p) − ppᵀ), p the softmax of its logits: the Hessian of cross-entropy and of
         KL(target ‖ ·) in the logits, and the Fisher matrix for the other direction of KL.
 
-        :param logits: of `logits`, with a graph; left as they are.
-        :param tangent: Jv, like the logits without a graph; overwritten.
+        :param outputs: of `outputs`; left as they are.
+        :param along: `values` at θ + εv and θ − εv, and 2ε, a float64 scalar; used up.
         """
         ...
 

@@ -88,7 +88,8 @@ class ParameterSpace:
         return [torch.zeros_like(master) for master in self.masters]
 
     def accumulator(self) -> Vector:
-        """Zeros to add gradients to: like this rank's parameters, in the precision of the masters."""
+        """For `harvest_` to add gradients to and `reduce_gradients`: like this rank's parameters, in the precision
+        of the masters."""
         return self.zeros()
 
     def harvest_(self, accumulator: Vector) -> None:
@@ -182,6 +183,7 @@ class ParameterSpace:
             yield move_to
         finally:
             torch._foreach_copy_(self.masters, saved)
+            saved.clear()  # `move_to` may be there for longer
             self.push()
 
     @contextmanager

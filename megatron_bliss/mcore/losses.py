@@ -11,7 +11,7 @@ Only a chunk is ever held in float32; the gradient takes the memory of the logit
 belong to neither distribution. Two small collectives a chunk are all that tensor-parallel ranks exchange.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -77,6 +77,14 @@ class TokenChunk(Protocol):
 class Divergence(Protocol):
     """A KL term: what is known of the target at n tokens, and the direction."""
 
+    def block(self, rows: slice) -> "KnownDivergence":
+        """Of some of the tokens."""
+        ...
+
+
+class KnownDivergence(Protocol):
+    """A KL term at n tokens, everything at hand."""
+
     def chunk(self, logits: Tensor, labels: Tensor, shard: VocabShard, rows: slice, first: int) -> TokenChunk:
         """:param logits: the proxy's at `rows` of the tokens, [c, v]: this rank's columns without padding.
         :param labels: [c], counted from this rank's first column on.
@@ -97,6 +105,9 @@ class LogitsDivergence:
     target_logits: Tensor
     direction: str = "target_proxy"  # KL(target ‖ proxy) | proxy_target
 
+    def block(self, rows: slice) -> "LogitsDivergence":
+        return replace(self, target_logits=self.target_logits[rows])
+
     def chunk(self, logits: Tensor, labels: Tensor, shard: VocabShard, rows: slice, first: int) -> TokenChunk:
         return _Chunk(logits, labels, shard, self.target_logits[rows, : logits.shape[1]], self.direction)
 
@@ -109,7 +120,7 @@ def token_terms_(
     logits: Tensor,
     labels: Tensor,
     shard: VocabShard,
-    divergence: Divergence | None = None,
+    divergence: KnownDivergence | None = None,
     weights: Tensor | None = None,
     kl_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -135,6 +146,7 @@ def token_terms_(
         if weights is not None:
             logits[rows, :real] = chunk.gradient_(weights[rows], None if kl_weights is None else kl_weights[rows])
             logits[rows, real:] = 0
+        del chunk  # before there is the next
     return cross_entropy, kl
 
 

@@ -17,8 +17,16 @@ from megatron_bliss.bilevel.levels import LowerTerms
 from megatron_bliss.bilevel.space import ParameterSpace, Vector, group_sum_
 from megatron_bliss.mcore import models
 from megatron_bliss.mcore.batches import Batch, mean_losses
-from megatron_bliss.mcore.gauss_newton import gauss_newton_
-from megatron_bliss.mcore.losses import Divergence, LogitsDivergence, VocabShard, token_terms_
+from megatron_bliss.mcore.losses import Divergence, VocabShard
+from megatron_bliss.mcore.output_layer import (
+    Outputs,
+    OutputsDivergence,
+    backward,
+    copied,
+    gauss_newton_backward,
+    slope,
+    token_losses,
+)
 from megatron_bliss.mcore.parallel import ParallelContext
 from megatron_bliss.mcore.top_k import TopK, TopKDivergence
 
@@ -67,43 +75,50 @@ class MegatronLowerLevel:
     ) -> None:
         self.proxy, self.space, self.target, self.shard = proxy, space, target, shard
         self.gamma, self.kl_direction = gamma, kl_direction
-        self._target_logits: tuple[MicroBatch, Tensor] | None = None
+        self._target_outputs: tuple[MicroBatch, Outputs] | None = None
 
     def add_gradient(
-        self, batch: MicroBatch, weights: Tensor, gradient: Vector, logits: Tensor | None = None
+        self, batch: MicroBatch, weights: Tensor, gradient: Vector, outputs: Outputs | None = None
     ) -> LowerTerms:
-        """See `LowerLevel`. Memory: one micro-batch's graph, its logits and the target's."""
-        logits = models.logits(self.proxy, batch.batch) if logits is None else logits
+        """See `LowerLevel`. Memory: one micro-batch's graph, and a block of its logits and the target's."""
+        found = models.outputs(self.proxy, batch.batch) if outputs is None else outputs
         token_weights, kl_weights = self._weights(batch, weights)
-        divergence = self._divergence(batch)
-        cross_entropy, kl = self._backward(logits, batch, divergence, token_weights, kl_weights, gradient)
+        labels = labelled(batch.batch.labels, batch.batch)
+        cross_entropy, kl = backward(found, labels, self.shard, token_weights, self._divergence(batch), kl_weights)
+        self.space.harvest_(gradient)
         losses = mean_losses(everywhere(cross_entropy, batch.batch), batch.batch)
         return LowerTerms(losses, kl.sum() / batch.num_tokens)
 
     @torch.no_grad()
     def losses(self, batch: MicroBatch) -> Tensor:
-        logits = models.logits(self.proxy, batch.batch)
-        cross_entropy, _ = token_terms_(logits, labelled(batch.batch.labels, batch.batch), self.shard)
+        outputs = models.outputs(self.proxy, batch.batch)
+        cross_entropy = token_losses(outputs, labelled(batch.batch.labels, batch.batch), self.shard)
         return mean_losses(everywhere(cross_entropy, batch.batch), batch.batch)
 
-    def logits(self, batch: MicroBatch, has_graph: bool) -> Tensor:
-        """[n, v]: in the model's dtype with a graph, else float32."""
-        with torch.set_grad_enabled(has_graph):
-            logits = models.logits(self.proxy, batch.batch)
-        return logits if has_graph else logits.float()
+    def outputs(self, batch: MicroBatch) -> Outputs:
+        return models.outputs(self.proxy, batch.batch)
+
+    @torch.no_grad()
+    def values(self, batch: MicroBatch) -> Outputs:
+        return copied(models.outputs(self.proxy, batch.batch))
 
     def add_gauss_newton(
-        self, logits: Tensor, batch: MicroBatch, weights: Tensor, tangent: Tensor, product: Vector, keeps_graph: bool
+        self,
+        outputs: Outputs,
+        batch: MicroBatch,
+        weights: Tensor,
+        along: tuple[Outputs, Outputs, Tensor],
+        product: Vector,
+        keeps_graph: bool,
     ) -> Tensor:
         """See `LowerLevel`."""
         token_weights, kl_weights = self._weights(batch, weights)
         if self.target is not None or batch.target is not None:
             token_weights = token_weights + kl_weights
         labels = labelled(batch.batch.labels, batch.batch)
-        along = gauss_newton_(logits.detach(), tangent, labels, self.shard, token_weights)
-        torch.autograd.backward(logits, tangent.to(logits.dtype), retain_graph=keeps_graph)
+        derivatives = gauss_newton_backward(outputs, slope(*along), labels, self.shard, token_weights, keeps_graph)
         self.space.harvest_(product)
-        return mean_losses(everywhere(along, batch.batch), batch.batch)
+        return mean_losses(everywhere(derivatives, batch.batch), batch.batch)
 
     def objective(self, batch: MicroBatch, weights: Tensor) -> Tensor:
         """See `LowerLevel`; plain torch operations on the whole vocabulary, so for one tensor-parallel rank."""
@@ -112,15 +127,16 @@ class MegatronLowerLevel:
         logits = models.logits(self.proxy, batch.batch)[:, :real].float()
         value = (token_weights * objective.cross_entropy(logits, token_labels)).sum()
         if (divergence := self._divergence(batch)) is not None:
-            value = value + (kl_weights * divergence.plain(logits)).sum()
+            value = value + (kl_weights * divergence.block(slice(None)).plain(logits)).sum()
         return value
 
     def add_validation_gradient(self, batch: MicroBatch, gradient: Vector, weight: Tensor | None = None) -> Tensor:
         """See `LowerLevel`."""
-        logits = models.logits(self.proxy, batch.batch)
+        outputs, labels = models.outputs(self.proxy, batch.batch), labelled(batch.batch.labels, batch.batch)
         shares = labelled(batch.batch.loss_mask, batch.batch) / batch.num_tokens
         weights = shares if weight is None else shares * weight.to(shares.dtype)
-        cross_entropy, _ = self._backward(logits, batch, None, weights, None, gradient)
+        cross_entropy, _ = backward(outputs, labels, self.shard, weights)
+        self.space.harvest_(gradient)
         return (cross_entropy * shares).sum()
 
     def _weights(self, batch: MicroBatch, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,37 +146,18 @@ class MegatronLowerLevel:
         kl_weights = mask * (self.gamma / batch.num_tokens)
         return labelled(token_weights, batch.batch), labelled(kl_weights, batch.batch)
 
-    def _backward(
-        self,
-        logits: Tensor,
-        batch: MicroBatch,
-        divergence: Divergence | None,
-        weights: Tensor,
-        kl_weights: Tensor | None,
-        gradient: Vector,
-    ) -> tuple[Tensor, Tensor]:
-        """CE and KL, [n]; adds the gradient of their weighted sum to `gradient`. Weights are [n]."""
-        # the same memory, as nothing reads the logits after this; `data`, since autograd would notice a change of
-        # `detach()` and route the gradient through a copy
-        logit_gradient = logits.data
-        labels = labelled(batch.batch.labels, batch.batch)
-        terms = token_terms_(logit_gradient, labels, self.shard, divergence, weights, kl_weights)
-        torch.autograd.backward(logits, logit_gradient)
-        self.space.harvest_(gradient)
-        return terms
-
     def _divergence(self, batch: MicroBatch) -> Divergence | None:
-        """The target's logits are kept for the latest micro-batch: one forward pass where the loop goes through all
-        its passes over a micro-batch at once, and memory that does not grow with their number."""
+        """What the target's logits are made of is kept for the latest micro-batch: one pass through its layers where
+        the loop takes all its own over a micro-batch at once, and memory that does not grow with their number."""
         if self.gamma and batch.target is not None:
             return TopKDivergence(batch.target, self.kl_direction)
         if self.target is None or self.gamma == 0:
             return None
-        if self._target_logits is None or self._target_logits[0] is not batch:
-            self._target_logits = None  # before the next are made
+        if self._target_outputs is None or self._target_outputs[0] is not batch:
+            self._target_outputs = None  # before the next are made
             with torch.no_grad():
-                self._target_logits = (batch, models.logits(self.target, batch.batch))
-        return LogitsDivergence(self._target_logits[1], self.kl_direction)
+                self._target_outputs = (batch, models.outputs(self.target, batch.batch))
+        return OutputsDivergence(self._target_outputs[1], self.kl_direction)
 
 
 class MegatronUpperLevel:
@@ -175,7 +172,7 @@ class MegatronUpperLevel:
 
 
 def labelled(values: Tensor, batch: Batch) -> Tensor:
-    """[b, s] to [n]: what belongs to the rows of `models.logits`."""
+    """[b, s] to [n]: what belongs to the rows of `models.outputs`."""
     values = values.t().reshape(-1)
     return values if batch.labelled is None else values[batch.labelled]
 

@@ -31,6 +31,7 @@ from megatron_bliss.mcore.architectures import Architecture, resolve
 from megatron_bliss.mcore.attention import FusedCausalAttention
 from megatron_bliss.mcore.batches import Batch
 from megatron_bliss.mcore.kernels import PLAIN, Kernels, available_kernels
+from megatron_bliss.mcore.output_layer import Outputs
 from megatron_bliss.mcore.parallel import ParallelContext
 
 # GPTModel announces its successor at every construction; pretrain_gpt.py builds it nevertheless
@@ -160,25 +161,34 @@ def token_losses(model: GPTModel, batch: Batch) -> Tensor:
     return losses.float()
 
 
-def logits(model: GPTModel, batch: Batch) -> Tensor:
-    """This rank's part of the vocabulary where the batch has labels: [n, padded vocabulary / tp], in the model's dtype.
+def outputs(model: GPTModel, batch: Batch) -> Outputs:
+    """What this rank's logits are made of where the batch has labels, rows in the order of `batch.labelled`.
 
-    The output layer, the largest of a small model, runs for nothing else. Rows are in the order of `batch.labelled`.
-    Of a pipeline stage that is not the last: the hidden states it passes on.
+    The output layer, the largest of a small model, runs for nothing else.
     """
 
-    def processor(hidden_states: Tensor, output_layer: Any, **_: Any) -> Tensor:
-        if batch.labelled is None:
-            return output_layer(hidden_states)[0].flatten(0, 1)
+    def processor(hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, **_: Any) -> Outputs:
         # what the output layer does around its product, for some rows: backward, the gradients of all ranks are summed
         if model.config.sequence_parallel:
             hidden_states = gather_from_sequence_parallel_region(hidden_states)
-        rows = hidden_states.flatten(0, 1).index_select(0, batch.labelled)
+        rows = hidden_states.flatten(0, 1)
+        if batch.labelled is not None:
+            rows = rows.index_select(0, batch.labelled)
         if not model.config.sequence_parallel:
             rows = copy_to_tensor_model_parallel_region(rows)
-        return torch.nn.functional.linear(rows, output_layer.weight)
+        return Outputs(rows, output_layer.weight if output_weight is None else output_weight)
 
-    return model(batch.tokens, positions(batch.tokens), None, output_processor=processor)
+    found: Outputs = model(batch.tokens, positions(batch.tokens), None, output_processor=processor)
+    return found
+
+
+def logits(model: GPTModel, batch: Batch) -> Tensor:
+    """This rank's part of the vocabulary where the batch has labels: [n, padded vocabulary / tp], in the model's dtype.
+
+    Of a pipeline stage that is not the last: the hidden states it passes on.
+    """
+    found: Outputs | Tensor = outputs(model, batch)
+    return found.logits() if isinstance(found, Outputs) else found
 
 
 def positions(tokens: Tensor) -> Tensor:

@@ -80,18 +80,23 @@ class MegatronSpace(ParameterSpace):
             super().push()
 
     def accumulator(self) -> Vector:
-        return _Accumulator(self.ddp.buffers, self.parameters)
+        return _Accumulator()
 
     @torch.no_grad()
     def harvest_(self, accumulator: Vector) -> None:
         assert isinstance(accumulator, _Accumulator)
-        for whole, buffer in zip(accumulator.buffers, self.ddp.buffers, strict=True):
-            whole.add_(buffer.grad_data)
+        if accumulator.buffers:
+            for whole, buffer in zip(accumulator.buffers, self.ddp.buffers, strict=True):
+                whole.add_(buffer.grad_data)
+        else:
+            accumulator.begin(self.ddp.buffers, self.parameters)
         self._empty_buffers()
 
     @torch.no_grad()
     def reduce_gradients(self, accumulator: Vector) -> Vector:
         assert isinstance(accumulator, _Accumulator)
+        if not accumulator.buffers:  # nothing was harvested
+            accumulator.begin(self.ddp.buffers, self.parameters)
         self.sum_partial_(accumulator)
         if group_size(self.dp_group) > 1:
             for whole, buffer in zip(accumulator.buffers, self.ddp.buffers, strict=True):
@@ -148,16 +153,22 @@ def _layout(parameters: list[torch.nn.Parameter], context: ParallelContext) -> d
 
 
 class _Accumulator(list[Tensor]):
-    """Zeros like the parameters, laid out as DDP's gradient buffers: one addition a buffer."""
+    """Gradients like the parameters, laid out as DDP's buffers: one addition a buffer. It takes memory from the first
+    ones on, by when the graph that they come from is gone."""
 
-    def __init__(self, buffers: list[Any], parameters: list[Tensor]) -> None:
-        self.buffers = [torch.zeros_like(buffer.grad_data) for buffer in buffers]
+    def __init__(self) -> None:
+        super().__init__()
+        self.buffers: list[Tensor] = []
+
+    def begin(self, buffers: list[Any], parameters: list[Tensor]) -> None:
+        """With what is in DDP's buffers."""
+        self.buffers = [buffer.grad_data.clone() for buffer in buffers]
         views = {
             parameter: whole[place[0] : place[1]].view(parameter.shape)
             for whole, buffer in zip(self.buffers, buffers, strict=True)
             for parameter, place in buffer.param_index_map.items()
         }
-        super().__init__(views[parameter] for parameter in parameters)
+        self.extend(views[parameter] for parameter in parameters)
 
 
 def _wrapped(model: torch.nn.Module, distributed: bool) -> Any:

@@ -15,7 +15,7 @@ gradients are autograd's; here it is summed over the other ids and stored, and g
 chunk. The files differ, too: see `data/target_cache.py`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed
@@ -88,6 +88,9 @@ class TopKDivergence:
 
     target: TopK
     direction: str = "target_proxy"  # KL(target ‖ proxy) | proxy_target
+
+    def block(self, rows: slice) -> "TopKDivergence":
+        return replace(self, target=TopK(self.target.ids[rows], self.target.log_probs[rows]))
 
     def plain(self, logits: Tensor) -> Tensor:
         """The same by torch operations that can be differentiated twice: [n] from [n, vocabulary]."""

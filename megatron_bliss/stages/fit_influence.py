@@ -143,7 +143,7 @@ def _loss_and_gradient(
     :param size: sequences of the global batch.
     """
     gradient = space.accumulator()
-    total = torch.zeros((), device=gradient[0].device)
+    total = torch.zeros((), device=space.parameters[0].device)
     for batch, targets in batches:
         loss = (model(batch) - targets).square().sum() / size
         loss.backward()

@@ -67,7 +67,7 @@ def loss_and_gradient(
     :param num_tokens: predicted tokens of the global batch.
     """
     gradient = space.accumulator()
-    total = torch.zeros((), device=gradient[0].device)
+    total = torch.zeros((), device=space.parameters[0].device)
     for batch in batches:
         loss = (token_losses(model, batch) * batch.loss_mask).sum() / num_tokens
         loss.backward()

@@ -1,7 +1,7 @@
 """One outer step of the engine beside the authors' loop (`reference_loop.py`): seconds, phases, memory.
 
 All sides have the same models, batch and inner steps and two threads, each in a process of its own; the engine has the
-defaults of `BilevelConfig` and micro-batches of 512 tokens. Fused attention has no second derivative: the authors'
+defaults of `BilevelConfig` and the whole batch in one micro-batch, as theirs has it. Fused attention has no second derivative: the authors'
 proxy does without. The sides take turns, so that a machine that gets slower for a while does so for all of them; a turn
 is one step of the authors' loop, and of the engine one step as the first ones are, which update z, and a cycle of later
 ones, from one update to the next. Both count by their number in a round of `outer_steps`. Ratios are those of a turn:
@@ -68,12 +68,12 @@ SIZES = {
     "S": Size(  # proxy 1.3 M parameters, target 7.4 M
         ModelConfig(preset="small"),
         ModelConfig(preset="small", num_layers=8, hidden_size=256, num_attention_heads=8),
-        vocab_size=2048, length=128, batch=8, micro_batch=4,
+        vocab_size=2048, length=128, batch=8, micro_batch=8,
     ),
     "M": Size(  # 13 M, 55 M
         ModelConfig(preset="pythia-31m"),
         ModelConfig(preset="pythia-70m", num_layers=12),
-        vocab_size=16384, length=256, batch=4, micro_batch=2,
+        vocab_size=16384, length=256, batch=4, micro_batch=4,
     ),
 }  # fmt: skip
 
