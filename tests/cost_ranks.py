@@ -33,7 +33,9 @@ from megatron_bliss.config import (
 )
 from megatron_bliss.data.shards import ShardWriter
 from megatron_bliss.mcore import checkpoints
+from megatron_bliss.mcore.architectures import padded_vocab_size
 from megatron_bliss.mcore.losses import CHUNK
+from megatron_bliss.mcore.output_layer import BLOCK_TOKENS
 from megatron_bliss.orchestration.cost import arm_costs, measure
 from megatron_bliss.orchestration.memory import stage_memory
 from megatron_bliss.orchestration.plan import arms
@@ -107,7 +109,8 @@ def compare(run: Path, *launches: list[str]) -> dict[str, dict[str, float]]:
                 measured[command] = max(before[0], peak), before[1] + flops
     found = {}
     for command, (peak, flops) in measured.items():
-        memory = stage_memory(config, command, chunk=CHUNK)
+        columns = padded_vocab_size(config.data.tokenizer.vocab_size) // config.proxy.tensor_parallel
+        memory = stage_memory(config, command, CHUNK, BLOCK_TOKENS * columns)
         assert memory is not None
         predicted = costs[NAMES.get(command, command)].flops
         assert predicted is not None
@@ -181,8 +184,8 @@ class _Watch(TorchDispatchMode):
             self._forget_released()
             self.peak = max(self.peak, self._total)
         packet = func._overloadpacket
-        if packet in _ATTENTION:
-            self.flops += _ATTENTION[packet](*args)
+        if packet in _COUNTED:
+            self.flops += _COUNTED[packet](*args)
         elif packet in flop_registry:
             self.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=result)
         return result
@@ -208,7 +211,12 @@ def _attention_backward(gradient: torch.Tensor, query: torch.Tensor, *_: Any) ->
     return 2 * _attention(query)
 
 
-_ATTENTION: dict[Any, Callable[..., int]] = {
+def _added_product(_: torch.Tensor, one: torch.Tensor, other: torch.Tensor) -> int:
+    return 2 * one.shape[0] * one.shape[1] * other.shape[1]
+
+
+_COUNTED: dict[Any, Callable[..., int]] = {  # what torch's registry lacks, or counts otherwise
+    torch.ops.aten.addmm_: _added_product,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }

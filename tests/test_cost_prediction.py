@@ -10,6 +10,7 @@ import pytest
 from megatron_bliss.config import ModelConfig, RunConfig, load_config
 from megatron_bliss.mcore.architectures import PRESETS, resolve
 from megatron_bliss.mcore.losses import GPU_CHUNK
+from megatron_bliss.mcore.output_layer import GPU_BLOCK
 from megatron_bliss.orchestration import memory
 from megatron_bliss.orchestration.check import check
 from megatron_bliss.orchestration.memory import stage_memory
@@ -74,7 +75,7 @@ def test_what_takes_less_memory_in_the_bilevel_loop(more: str, less: str) -> Non
 
 
 def test_chunks_are_those_of_the_losses() -> None:
-    assert memory.GPU_CHUNK == GPU_CHUNK
+    assert (memory.GPU_CHUNK, memory.GPU_BLOCK) == (GPU_CHUNK, GPU_BLOCK)
 
 
 def test_the_table_of_the_readme() -> None:

@@ -48,6 +48,11 @@ class BilevelConfig:
     def uses_cached_target(self) -> bool:
         return self.kl_source == "cached" and self.gamma != 0
 
+    @property
+    def reuses_target(self) -> bool:
+        """Whether a step has more than one gradient that the KL term is in."""
+        return self.inner_steps > 1 or self.curvature in ("finite-difference", "exact")
+
 
 @dataclass
 class PerplexityConfig:

@@ -62,6 +62,7 @@ class MegatronLowerLevel:
     :param shard: this rank's columns of the vocabulary.
     :param gamma: weight of the KL term.
     :param kl_direction: `target_proxy` or `proxy_target`.
+    :param reuses_target: whether a micro-batch's KL term is needed again: the target's logits are kept then.
     """
 
     def __init__(
@@ -72,10 +73,11 @@ class MegatronLowerLevel:
         shard: VocabShard,
         gamma: float,
         kl_direction: str = "target_proxy",
+        reuses_target: bool = True,
     ) -> None:
         self.proxy, self.space, self.target, self.shard = proxy, space, target, shard
-        self.gamma, self.kl_direction = gamma, kl_direction
-        self._target_outputs: tuple[MicroBatch, Outputs] | None = None
+        self.gamma, self.kl_direction, self.reuses_target = gamma, kl_direction, reuses_target
+        self._latest: tuple[MicroBatch, OutputsDivergence] | None = None
 
     def add_gradient(
         self, batch: MicroBatch, weights: Tensor, gradient: Vector, outputs: Outputs | None = None
@@ -147,17 +149,19 @@ class MegatronLowerLevel:
         return labelled(token_weights, batch.batch), labelled(kl_weights, batch.batch)
 
     def _divergence(self, batch: MicroBatch) -> Divergence | None:
-        """What the target's logits are made of is kept for the latest micro-batch: one pass through its layers where
-        the loop takes all its own over a micro-batch at once, and memory that does not grow with their number."""
+        """The target's part is kept for the latest micro-batch: one forward pass where the loop takes all its own over
+        a micro-batch at once, and memory that does not grow with their number."""
         if self.gamma and batch.target is not None:
             return TopKDivergence(batch.target, self.kl_direction)
         if self.target is None or self.gamma == 0:
             return None
-        if self._target_outputs is None or self._target_outputs[0] is not batch:
-            self._target_outputs = None  # before the next are made
+        if self._latest is None or self._latest[0] is not batch:
+            self._latest = None  # before the next is made
             with torch.no_grad():
-                self._target_outputs = (batch, models.outputs(self.target, batch.batch))
-        return OutputsDivergence(self._target_outputs[1], self.kl_direction)
+                outputs = models.outputs(self.target, batch.batch)
+            kept: dict[tuple[int, int], Tensor] | None = {} if self.reuses_target else None
+            self._latest = batch, OutputsDivergence(outputs, self.kl_direction, kept)
+        return self._latest[1]
 
 
 class MegatronUpperLevel:

@@ -63,9 +63,14 @@ class OutputsDivergence:
 
     target: Outputs
     direction: str = "target_proxy"  # KL(target ‖ proxy) | proxy_target
+    kept: dict[tuple[int, int], Tensor] | None = None  # logits by block, where they are needed again
 
     def block(self, rows: slice) -> LogitsDivergence:
-        return LogitsDivergence(self.target.logits(rows), self.direction)
+        if self.kept is None:
+            return LogitsDivergence(self.target.logits(rows), self.direction)
+        if (key := (rows.start, rows.stop)) not in self.kept:
+            self.kept[key] = self.target.logits(rows)
+        return LogitsDivergence(self.kept[key], self.direction)
 
 
 class _Gradient:

@@ -96,6 +96,8 @@ def _flops_of_step(config: RunConfig) -> float:
         + proxy_flops(config, Passes(2, 1), has_output=False)  # weights, then the score model's own step
         + target_flops(config, FORWARD * _target_passes(config))
     )
+    if bilevel.curvature == "gauss-newton" and bilevel.solver != "paper":  # the logits of ∇G are made once more
+        a_token += resolve(config.proxy.model).output_flops_per_token(config.data.tokenizer.vocab_size)
     pool = bilevel.batch_size * length * a_token
     return pool + validation_batch(config) * length * proxy_flops(config, TRAINING)
 
@@ -110,7 +112,7 @@ def _target_passes(config: RunConfig) -> int:
     bilevel = config.bilevel
     if bilevel.gamma == 0 or bilevel.uses_cached_target:
         return 0
-    if _micro_batches(config) == 1:
+    if num_micro_batches(config) == 1:
         return 1  # its logits are kept
     needs_target = 1 if bilevel.curvature in ("finite-difference", "exact") else 0  # for a product alone
     if bilevel.solver == "paper":
@@ -125,7 +127,7 @@ def _further_products(config: RunConfig) -> int:
     return config.bilevel.z_steps - (0 if config.bilevel.solver == "conjugate-gradient" else 1)
 
 
-def _micro_batches(config: RunConfig) -> int:
+def num_micro_batches(config: RunConfig) -> int:
     """Of a batch of the pool, on each rank."""
     ranks = max(config.launch.num_ranks // config.proxy.tensor_parallel, 1)
     return -(-config.bilevel.batch_size // (config.bilevel.micro_batch_size * ranks))

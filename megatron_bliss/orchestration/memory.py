@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 
 from megatron_bliss.config import ModelConfig, RunConfig
 from megatron_bliss.mcore.architectures import Architecture, padded_vocab_size, resolve
-from megatron_bliss.orchestration.flops import attention_is_fused
+from megatron_bliss.orchestration.flops import attention_is_fused, num_micro_batches
 
 GPU_CHUNK = 1 << 24  # logits that losses hold in float32 at a time (mcore/losses.py)
+GPU_BLOCK = 1 << 27  # logits that the output layer of the bilevel loop makes at a time (mcore/output_layer.py)
 _FLOAT = 4  # bytes
 
 
@@ -76,6 +77,11 @@ class _Model:
         """Numbers."""
         return tokens * padded_vocab_size(self.vocab_size) // self.tensor_parallel
 
+    @property
+    def output_numel(self) -> int:
+        """Of the output layer's weight."""
+        return padded_vocab_size(self.vocab_size) * self.architecture.hidden_size // self.tensor_parallel
+
     def graph(self, tokens: int, in_flight: int = 1) -> Peak:
         """What a backward pass finds, and the largest that passes beside it.
 
@@ -95,12 +101,11 @@ class _Model:
     def _passing(self, tokens: int) -> float:
         """Gradients that pass: the output layer's, or a block's, by whose time what its MLP kept is gone."""
         architecture, hidden = self.architecture, self.architecture.hidden_size
-        table = padded_vocab_size(self.vocab_size) * hidden // self.tensor_parallel
         mlp = tokens * architecture.ffn_hidden_size / self.tensor_parallel
         pairs = tokens * architecture.num_attention_heads * self.sequence_length / self.tensor_parallel
         candidates = [tokens * hidden + 2 * mlp]
         if self.has_output:
-            candidates.append(table + tokens * hidden)
+            candidates.append(self.output_numel + tokens * hidden)
         if not self.is_fused:
             candidates.append(2 * pairs - 2 * mlp)
         return max(candidates)
@@ -116,12 +121,13 @@ class _Model:
         return Peak(activations=self.size * tokens * max(attention, mlp))
 
 
-def stage_memory(config: RunConfig, command: str, chunk: int = GPU_CHUNK) -> Peak | None:
+def stage_memory(config: RunConfig, command: str, chunk: int = GPU_CHUNK, block: int = GPU_BLOCK) -> Peak | None:
     """Of a rank of a stage, by the stage's command; None for a stage without a model.
 
     With `bilevel.curvature=exact` it is rough: the graph of a gradient is taken as three of a loss.
 
     :param chunk: logits that losses hold in float32 at a time.
+    :param block: logits that the output layer of the bilevel loop makes at a time.
     """
     known: dict[str, Callable[[], Peak]] = {
         "warmup-proxy": lambda: _warmup_proxy(config),
@@ -129,7 +135,7 @@ def stage_memory(config: RunConfig, command: str, chunk: int = GPU_CHUNK) -> Pea
         "pretrain": lambda: _pretrain(config, has_reference=True),
         "evaluate": lambda: _evaluate(config),
         "cache-target": lambda: _cache_target(config, chunk),
-        "bilevel": lambda: _bilevel(config, chunk),
+        "bilevel": lambda: _bilevel(config, chunk, block),
         "influence": lambda: _influence(config),
         "fit-influence": lambda: _fit_influence(config),
         "score": lambda: _score(config),
@@ -249,41 +255,57 @@ def _score(config: RunConfig) -> Peak:
     return model.parameters() + model.forward(tokens) + (_loss(model, tokens) if model.has_output else Peak())
 
 
-def _bilevel(config: RunConfig, chunk: int) -> Peak:
-    """The largest of an outer step's moments, on top of what stays from step to step."""
+def _bilevel(config: RunConfig, chunk: int, block: int) -> Peak:
+    """The largest of an outer step's moments, on top of what stays from step to step.
+
+    An accumulator is there once a micro-batch's graph is gone: beside one only if there are several.
+    """
     bilevel, sharing = config.bilevel, _sharing(config)
     proxy, score = _proxy(config), _proxy(config, has_output=False)
     tokens = bilevel.micro_batch_size * config.data.sequence_length
     stays = proxy.trained(sharing) + score.trained(sharing) + Peak(vectors=2 * _FLOAT * proxy.numel / sharing)
+    numel = proxy.logits(tokens)
+    held = Peak(logits=_FLOAT * min(chunk, numel))
+    logits = Peak(logits=proxy.size * min(block, numel))
+    kl_logits = logits
     if bilevel.gamma and not bilevel.uses_cached_target:
         target = replace(_proxy(config), architecture=resolve(config.target.model), size=_size(config.target.model))
-        stays += target.parameters() + Peak(logits=target.size * target.logits(tokens))
-    own, whole, numel = _FLOAT * proxy.numel / sharing, _FLOAT * proxy.numel, proxy.logits(tokens)
-    logits, held = proxy.size * numel, _FLOAT * min(chunk, numel)
-    learns = Peak(vectors=_FLOAT * score.numel) + score.graph(tokens)
+        stays += target.parameters() + Peak(activations=target.size * tokens * target.architecture.hidden_size)
+        if bilevel.reuses_target:
+            stays += Peak(logits=target.size * numel)
+        else:
+            kl_logits += Peak(logits=target.size * min(block, numel))
+    kl_logits += held + held + held + held
+    many = num_micro_batches(config) > 1
+    beside = Peak(vectors=_FLOAT * proxy.numel) if many else Peak()  # an accumulator beside a graph
     graph = proxy.graph(tokens)
-    validation = Peak(vectors=whole, logits=logits + 2 * held) + graph
-    moments = [learns, validation, *_curvature(config, proxy, tokens, own, whole, held)]
+    learns = score.graph(tokens) + (Peak(vectors=_FLOAT * score.numel) if many else Peak())
+    validation = graph + logits + held + held + beside
+    moments = [learns, validation, *_curvature(config, proxy, tokens, beside, logits, kl_logits)]
     return stays + max(moments, key=lambda moment: moment.total)
 
 
-def _curvature(config: RunConfig, proxy: _Model, tokens: int, own: float, whole: int, held: int) -> list[Peak]:
+def _curvature(
+    config: RunConfig, proxy: _Model, tokens: int, beside: Peak, logits: Peak, kl_logits: Peak
+) -> list[Peak]:
     """Moments of gradient, curvature product and g_i.
 
-    :param own: bytes of a vector of masters. :param whole: of an accumulator. :param held: of a chunk of logits.
+    :param beside: an accumulator that is there beside a graph. :param logits: of a block. :param kl_logits: of a block,
+        with the target's and what the losses hold.
     """
-    graph, numel = proxy.graph(tokens), proxy.logits(tokens)
-    logits = proxy.size * numel
-    copies = 0 if proxy.size == _FLOAT else 1  # of float32 logits in the model's precision
-    if config.bilevel.curvature == "gauss-newton":
-        vectors = 2 * whole + (2 * own if config.bilevel.solver == "conjugate-gradient" else 0)
-        differences = Peak(vectors=vectors + own, logits=2 * _FLOAT * numel + copies * logits) + proxy.forward(tokens)
-        pulled = Peak(vectors=vectors, logits=logits + _FLOAT * numel + copies * logits) + graph
-        return [differences, pulled, Peak(vectors=vectors, logits=logits + 4 * held) + graph]
-    if config.bilevel.curvature == "finite-difference":
-        return [Peak(vectors=2 * whole + own, logits=logits + 4 * held) + graph]
-    if config.bilevel.curvature == "none":
-        displaced = own if proxy.size == _FLOAT else 0  # else the gradient is at the parameters themselves
-        return [Peak(vectors=whole + displaced, logits=logits + 4 * held) + graph]
+    graph, curvature = proxy.graph(tokens), config.bilevel.curvature
+    own, whole = Peak(vectors=_FLOAT * proxy.numel / _sharing(config)), Peak(vectors=_FLOAT * proxy.numel)
+    if curvature == "gauss-newton":
+        stays = own + own if config.bilevel.solver == "conjugate-gradient" else Peak()
+        weights = Peak(activations=2 * proxy.size * proxy.output_numel)  # of the output layer at θ ± εv
+        tangent = Peak(logits=2 * _FLOAT * logits.logits / proxy.size)
+        differences = beside + beside + own + weights + proxy.forward(tokens)
+        pulled = beside + beside + weights + graph + logits + tangent
+        return [stays + moment for moment in (differences, pulled, whole + beside + graph + kl_logits, whole + whole)]
+    if curvature == "finite-difference":
+        return [whole + beside + own + graph + kl_logits, whole + whole + own]
+    if curvature == "none":
+        displaced = own if proxy.size == _FLOAT else Peak()  # else the gradient is at the parameters themselves
+        return [beside + displaced + graph + kl_logits, whole + displaced]
     twice = replace(proxy, is_fused=False).graph(tokens)
-    return [Peak(vectors=2 * whole, logits=9 * _FLOAT * numel) + twice + twice + twice]
+    return [whole + whole + Peak(logits=9 * _FLOAT * proxy.logits(tokens)) + twice + twice + twice]

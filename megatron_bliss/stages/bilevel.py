@@ -163,7 +163,7 @@ def assemble(
     score_space = MegatronSpace(score_model, context, score_adam, distributed_optimizer)
     shard = VocabShard.of(context, vocab_size)
     return BilevelLoop(
-        MegatronLowerLevel(proxy, space, target, shard, settings.gamma, settings.kl_direction),
+        MegatronLowerLevel(proxy, space, target, shard, settings.gamma, settings.kl_direction, settings.reuses_target),
         MegatronUpperLevel(score_model, score_space),
         make_curvature(settings.curvature, space),
         make_solver(settings, space),
