@@ -70,17 +70,14 @@ class ToyLower:
     def values(self, batch: Samples) -> Tensor:
         return self.model(batch.x).to(self.space.masters[0].dtype)
 
+    @torch.no_grad()
+    def slope(self, ahead: Tensor, batch: Samples, distance: Tensor) -> Tensor:
+        return (ahead - self.values(batch)) / distance.to(ahead.dtype)
+
     def add_gauss_newton(
-        self,
-        outputs: Tensor,
-        batch: Samples,
-        weights: Tensor,
-        along: tuple[Tensor, Tensor, Tensor],
-        product: Vector,
-        keeps_graph: bool,
+        self, outputs: Tensor, batch: Samples, weights: Tensor, along: Tensor, product: Vector, keeps_graph: bool
     ) -> Tensor:
-        ahead, behind, distance = along
-        tangent, p = (ahead - behind) / distance.to(ahead.dtype), outputs.detach().softmax(1)
+        tangent, p = along, outputs.detach().softmax(1)
         mean = (p * tangent).sum(1, keepdim=True)
         total = weights + self.gamma / batch.total
         torch.autograd.backward(outputs, total[:, None] * p * (tangent - mean), retain_graph=keeps_graph)

@@ -190,10 +190,11 @@ class GaussNewton:
                 move_to(epsilon)
                 ahead = level.values(batch)
                 move_to(-epsilon)
-                along = ahead, level.values(batch), 2 * epsilon
+                along = level.slope(ahead, batch, 2 * epsilon)
+            del ahead
             outputs = level.outputs(batch)
             derivatives.append(level.add_gauss_newton(outputs, batch, weights, along, product, gradient is not None))
-            del ahead, along  # before the target's are made
+            del along
             if gradient is not None:
                 terms.append(level.add_gradient(batch, weights, gradient, outputs))
             del outputs

@@ -43,14 +43,16 @@ class LowerLevel[Batch](Protocol):
         """The same without a graph, and not changed by what becomes of the parameters."""
         ...
 
+    def slope(self, ahead: Any, batch: Batch, distance: Tensor) -> Any:
+        """The derivative of `values` along v, the parameters being θ − εv.
+
+        :param ahead: `values` at θ + εv; used up.
+        :param distance: 2ε, a float64 scalar.
+        """
+        ...
+
     def add_gauss_newton(
-        self,
-        outputs: Any,
-        batch: Batch,
-        weights: Tensor,
-        along: tuple[Any, Any, Tensor],
-        product: Vector,
-        keeps_graph: bool,
+        self, outputs: Any, batch: Batch, weights: Tensor, along: Any, product: Vector, keeps_graph: bool
     ) -> Tensor:
         """Add Jᵀ B J v to `product`, not reduced, and return ⟨v, ∇L_i⟩, [b].
 
@@ -58,7 +60,7 @@ class LowerLevel[Batch](Protocol):
         KL(target ‖ ·) in the logits, and the Fisher matrix for the other direction of KL.
 
         :param outputs: of `outputs`; left as they are.
-        :param along: `values` at θ + εv and θ − εv, and 2ε, a float64 scalar; used up.
+        :param along: of `slope`, along v.
         """
         ...
 

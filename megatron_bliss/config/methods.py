@@ -48,10 +48,13 @@ class BilevelConfig:
     def uses_cached_target(self) -> bool:
         return self.kl_source == "cached" and self.gamma != 0
 
-    @property
-    def reuses_target(self) -> bool:
-        """Whether a step has more than one gradient that the KL term is in."""
-        return self.inner_steps > 1 or self.curvature in ("finite-difference", "exact")
+    def reuses_target(self, num_micro_batches: int) -> bool:
+        """Whether the loop takes several gradients with the KL term in them at one micro-batch after the other.
+
+        :param num_micro_batches: in a step, on each rank.
+        """
+        is_alone = num_micro_batches == 1 and (self.inner_steps > 1 or self.curvature == "exact")
+        return is_alone or self.curvature == "finite-difference"
 
 
 @dataclass

@@ -11,7 +11,7 @@ Only a chunk is ever held in float32; the gradient takes the memory of the logit
 belong to neither distribution. Two small collectives a chunk are all that tensor-parallel ranks exchange.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -104,9 +104,6 @@ class LogitsDivergence:
 
     target_logits: Tensor
     direction: str = "target_proxy"  # KL(target ‖ proxy) | proxy_target
-
-    def block(self, rows: slice) -> "LogitsDivergence":
-        return replace(self, target_logits=self.target_logits[rows])
 
     def chunk(self, logits: Tensor, labels: Tensor, shard: VocabShard, rows: slice, first: int) -> TokenChunk:
         return _Chunk(logits, labels, shard, self.target_logits[rows, : logits.shape[1]], self.direction)

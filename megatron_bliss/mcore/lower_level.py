@@ -83,10 +83,11 @@ class MegatronLowerLevel:
         self, batch: MicroBatch, weights: Tensor, gradient: Vector, outputs: Outputs | None = None
     ) -> LowerTerms:
         """See `LowerLevel`. Memory: one micro-batch's graph, and a block of its logits and the target's."""
+        divergence = self._divergence(batch)  # the target's pass before there is a graph
         found = models.outputs(self.proxy, batch.batch) if outputs is None else outputs
         token_weights, kl_weights = self._weights(batch, weights)
         labels = labelled(batch.batch.labels, batch.batch)
-        cross_entropy, kl = backward(found, labels, self.shard, token_weights, self._divergence(batch), kl_weights)
+        cross_entropy, kl = backward(found, labels, self.shard, token_weights, divergence, kl_weights)
         self.space.harvest_(gradient)
         losses = mean_losses(everywhere(cross_entropy, batch.batch), batch.batch)
         return LowerTerms(losses, kl.sum() / batch.num_tokens)
@@ -104,32 +105,33 @@ class MegatronLowerLevel:
     def values(self, batch: MicroBatch) -> Outputs:
         return copied(models.outputs(self.proxy, batch.batch))
 
+    @torch.no_grad()
+    def slope(self, ahead: Outputs, batch: MicroBatch, distance: Tensor) -> Outputs:
+        return slope(ahead, models.outputs(self.proxy, batch.batch), distance)
+
     def add_gauss_newton(
-        self,
-        outputs: Outputs,
-        batch: MicroBatch,
-        weights: Tensor,
-        along: tuple[Outputs, Outputs, Tensor],
-        product: Vector,
-        keeps_graph: bool,
+        self, outputs: Outputs, batch: MicroBatch, weights: Tensor, along: Outputs, product: Vector, keeps_graph: bool
     ) -> Tensor:
         """See `LowerLevel`."""
         token_weights, kl_weights = self._weights(batch, weights)
         if self.target is not None or batch.target is not None:
             token_weights = token_weights + kl_weights
         labels = labelled(batch.batch.labels, batch.batch)
-        derivatives = gauss_newton_backward(outputs, slope(*along), labels, self.shard, token_weights, keeps_graph)
+        derivatives = gauss_newton_backward(outputs, along, labels, self.shard, token_weights, keeps_graph)
         self.space.harvest_(product)
         return mean_losses(everywhere(derivatives, batch.batch), batch.batch)
 
     def objective(self, batch: MicroBatch, weights: Tensor) -> Tensor:
         """See `LowerLevel`; plain torch operations on the whole vocabulary, so for one tensor-parallel rank."""
-        real, token_labels = self.shard.vocab_size, labelled(batch.batch.labels, batch.batch)
+        token_labels, divergence = labelled(batch.batch.labels, batch.batch), self._divergence(batch)
         token_weights, kl_weights = self._weights(batch, weights)
-        logits = models.logits(self.proxy, batch.batch)[:, :real].float()
-        value = (token_weights * objective.cross_entropy(logits, token_labels)).sum()
-        if (divergence := self._divergence(batch)) is not None:
-            value = value + (kl_weights * divergence.block(slice(None)).plain(logits)).sum()
+        outputs = models.outputs(self.proxy, batch.batch)
+        value = token_weights.new_zeros(())
+        for rows in outputs.blocks():
+            logits = outputs.logits(rows)[:, : self.shard.vocab_size].float()
+            value = value + (token_weights[rows] * objective.cross_entropy(logits, token_labels[rows])).sum()
+            if divergence is not None:
+                value = value + (kl_weights[rows] * divergence.block(rows).plain(logits)).sum()
         return value
 
     def add_validation_gradient(self, batch: MicroBatch, gradient: Vector, weight: Tensor | None = None) -> Tensor:

@@ -38,7 +38,7 @@ class Outputs:
     def blocks(self) -> list[slice]:
         """Tokens whose logits are there at a time."""
         size = max(GPU_BLOCK // len(self.weight), 1) if self.hidden.is_cuda else BLOCK_TOKENS
-        return [slice(start, start + size) for start in range(0, len(self.hidden), size)]
+        return [slice(start, start + size) for start in range(0, max(len(self.hidden), 1), size)]
 
 
 def copied(outputs: Outputs) -> Outputs:
@@ -46,10 +46,11 @@ def copied(outputs: Outputs) -> Outputs:
     return Outputs(outputs.hidden.detach(), outputs.weight.detach().clone())
 
 
+@torch.no_grad()
 def slope(ahead: Outputs, behind: Outputs, distance: Tensor) -> Outputs:
-    """ḣ and Ẇ by a difference.
+    """ḣ and Ẇ by a difference, in the model's dtype.
 
-    :param ahead: of `copied`, at θ + εv; overwritten. :param behind: at θ − εv.
+    :param ahead: of `copied`, at θ + εv; used up. :param behind: at θ − εv.
     :param distance: 2ε, a scalar.
     """
     hidden = (ahead.hidden.float() - behind.hidden.float()).div_(distance.float())
@@ -74,11 +75,11 @@ class OutputsDivergence:
 
 
 class _Gradient:
-    """∂/∂h, and ∂/∂W summed in float32."""
+    """∂/∂h and ∂/∂W; the products of several blocks are summed in float32."""
 
     def __init__(self, outputs: Outputs) -> None:
         self.outputs = outputs
-        self.hidden = torch.zeros_like(outputs.hidden)
+        self.hidden = torch.empty_like(outputs.hidden)
         self.weight: Tensor | None = None
 
     def add(self, rows: slice, logits: Tensor) -> None:
@@ -93,17 +94,18 @@ class _Gradient:
             self.weight = self.weight.float().add_(logits.t() @ hidden)
 
     def backward(self, keeps_graph: bool = False) -> None:
-        """Through the model, to where gradients of its parameters go."""
-        weight = torch.zeros_like(self.outputs.weight) if self.weight is None else self.weight
-        leaves: list[Any] = [self.outputs.hidden, self.outputs.weight]
-        torch.autograd.backward(leaves, [self.hidden, weight.to(leaves[1].dtype)], retain_graph=keeps_graph)
+        """Through the model, to where gradients of its parameters go; the weight's is gone before."""
+        outputs: Any = self.outputs
+        assert self.weight is not None
+        torch.autograd.backward([outputs.weight], [self.weight.to(outputs.weight.dtype)])
+        self.weight = None
+        torch.autograd.backward([outputs.hidden], [self.hidden], retain_graph=keeps_graph)
 
 
 def token_losses(outputs: Outputs, labels: Tensor, shard: VocabShard) -> Tensor:
     """Cross-entropy, float32 [n], without a graph. Labels are ids over the whole vocabulary, [n]."""
     with torch.no_grad():
-        parts = [token_terms_(outputs.logits(rows), labels[rows], shard)[0] for rows in outputs.blocks()]
-    return torch.cat([labels.new_zeros(0, dtype=torch.float32), *parts])
+        return torch.cat([token_terms_(outputs.logits(rows), labels[rows], shard)[0] for rows in outputs.blocks()])
 
 
 def backward(
@@ -113,7 +115,6 @@ def backward(
     weights: Tensor,
     divergence: Divergence | None = None,
     kl_weights: Tensor | None = None,
-    keeps_graph: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Take the gradient of Σ_t w_t CE_t + v_t KL_t back through the model.
 
@@ -134,7 +135,7 @@ def backward(
             cross_entropy[rows], kl[rows] = terms
             gradient.add(rows, logits)
             del logits, of_block
-    gradient.backward(keeps_graph)
+    gradient.backward()
     return cross_entropy, kl
 
 

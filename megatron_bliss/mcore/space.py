@@ -153,8 +153,8 @@ def _layout(parameters: list[torch.nn.Parameter], context: ParallelContext) -> d
 
 
 class _Accumulator(list[Tensor]):
-    """Gradients like the parameters, laid out as DDP's buffers: one addition a buffer. It takes memory from the first
-    ones on, by when the graph that they come from is gone."""
+    """Gradients like the parameters, laid out as DDP's buffers: one addition a buffer. It takes no memory before the
+    first of them are there."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -88,7 +88,7 @@ def _flops_of_step(config: RunConfig) -> float:
         passes = TRAINING * bilevel.inner_steps + _PRODUCT[bilevel.curvature] * bilevel.z_steps + Passes(2, 0)
     else:
         passes = TRAINING * (bilevel.inner_steps - 1) + _EVALUATION[bilevel.curvature]
-        passes += _PRODUCT[bilevel.curvature] * _further_products(config)
+        passes += _PRODUCT[bilevel.curvature] * further_products(config)
         if config.proxy.model.bf16:
             passes += _EVALUATION_IN_16_BITS.get(bilevel.curvature, Passes())
     a_token = (
@@ -119,15 +119,24 @@ def _target_passes(config: RunConfig) -> int:
         return bilevel.inner_steps + needs_target * bilevel.z_steps
     has_two = bilevel.curvature == "finite-difference" and config.proxy.model.bf16
     evaluation = 2 if bilevel.curvature == "exact" or has_two else 1
-    return bilevel.inner_steps - 1 + evaluation + needs_target * _further_products(config)
+    return bilevel.inner_steps - 1 + evaluation + needs_target * further_products(config)
 
 
-def _further_products(config: RunConfig) -> int:
+def further_products(config: RunConfig) -> int:
     """Products of an outer step beside the one that comes with the gradient and g_i."""
     return config.bilevel.z_steps - (0 if config.bilevel.solver == "conjugate-gradient" else 1)
 
 
 def num_micro_batches(config: RunConfig) -> int:
     """Of a batch of the pool, on each rank."""
+    return _micro_batches(config, config.bilevel.batch_size)
+
+
+def num_validation_micro_batches(config: RunConfig) -> int:
+    """Of all validation sets in an outer step, on each rank."""
+    return _micro_batches(config, validation_batch(config))
+
+
+def _micro_batches(config: RunConfig, num_sequences: int) -> int:
     ranks = max(config.launch.num_ranks // config.proxy.tensor_parallel, 1)
-    return -(-config.bilevel.batch_size // (config.bilevel.micro_batch_size * ranks))
+    return -(-num_sequences // (config.bilevel.micro_batch_size * ranks))

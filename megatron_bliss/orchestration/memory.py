@@ -10,7 +10,12 @@ from dataclasses import dataclass, replace
 
 from megatron_bliss.config import ModelConfig, RunConfig
 from megatron_bliss.mcore.architectures import Architecture, padded_vocab_size, resolve
-from megatron_bliss.orchestration.flops import attention_is_fused, num_micro_batches
+from megatron_bliss.orchestration.flops import (
+    attention_is_fused,
+    further_products,
+    num_micro_batches,
+    num_validation_micro_batches,
+)
 
 GPU_CHUNK = 1 << 24  # logits that losses hold in float32 at a time (mcore/losses.py)
 GPU_BLOCK = 1 << 27  # logits that the output layer of the bilevel loop makes at a time (mcore/output_layer.py)
@@ -258,54 +263,71 @@ def _score(config: RunConfig) -> Peak:
 def _bilevel(config: RunConfig, chunk: int, block: int) -> Peak:
     """The largest of an outer step's moments, on top of what stays from step to step.
 
-    An accumulator is there once a micro-batch's graph is gone: beside one only if there are several.
+    An accumulator is there from the first gradient on: beside the graph that it is of only if that is needed again, or
+    there are several micro-batches.
     """
     bilevel, sharing = config.bilevel, _sharing(config)
     proxy, score = _proxy(config), _proxy(config, has_output=False)
     tokens = bilevel.micro_batch_size * config.data.sequence_length
     stays = proxy.trained(sharing) + score.trained(sharing) + Peak(vectors=2 * _FLOAT * proxy.numel / sharing)
     numel = proxy.logits(tokens)
-    held = Peak(logits=_FLOAT * min(chunk, numel))
-    logits = Peak(logits=proxy.size * min(block, numel))
-    kl_logits = logits
+    block = min(block, numel)
+    held, logits = Peak(logits=_FLOAT * min(chunk, numel)), Peak(logits=proxy.size * block)
+    kl_logits, target_pass = logits, Peak()
     if bilevel.gamma and not bilevel.uses_cached_target:
         target = replace(_proxy(config), architecture=resolve(config.target.model), size=_size(config.target.model))
         stays += target.parameters() + Peak(activations=target.size * tokens * target.architecture.hidden_size)
-        if bilevel.reuses_target:
+        target_pass = target.forward(tokens)
+        if bilevel.reuses_target(num_micro_batches(config)):
             stays += Peak(logits=target.size * numel)
         else:
-            kl_logits += Peak(logits=target.size * min(block, numel))
-    kl_logits += held + held + held + held
-    many = num_micro_batches(config) > 1
-    beside = Peak(vectors=_FLOAT * proxy.numel) if many else Peak()  # an accumulator beside a graph
-    graph = proxy.graph(tokens)
-    learns = score.graph(tokens) + (Peak(vectors=_FLOAT * score.numel) if many else Peak())
-    validation = graph + logits + held + held + beside
-    moments = [learns, validation, *_curvature(config, proxy, tokens, beside, logits, kl_logits)]
+            kl_logits += Peak(logits=target.size * block)
+    gradient = _FLOAT * proxy.output_numel  # of the output layer's weight, on top of what a graph counts
+    kl_logits += held + held + held + held + Peak(activations=gradient if proxy.size < _FLOAT else 0)
+    has_many, validates_many = num_micro_batches(config) > 1, num_validation_micro_batches(config) > 1
+    whole, graph = Peak(vectors=_FLOAT * proxy.numel), proxy.graph(tokens)
+    beside = whole if has_many else Peak()  # an accumulator beside a graph
+    tangents = logits + held + held + Peak(logits=2 * _FLOAT * block)
+    moments = [
+        score.graph(tokens) + (Peak(vectors=_FLOAT * score.numel) if has_many else Peak()),
+        graph + logits + held + held + (whole if validates_many else Peak()),
+        beside + graph + Peak(activations=gradient),
+        beside + target_pass,
+        *_curvature(config, proxy, tokens, beside, tangents, kl_logits, target_pass),
+    ]
     return stays + max(moments, key=lambda moment: moment.total)
 
 
 def _curvature(
-    config: RunConfig, proxy: _Model, tokens: int, beside: Peak, logits: Peak, kl_logits: Peak
+    config: RunConfig, proxy: _Model, tokens: int, beside: Peak, tangents: Peak, kl_logits: Peak, target_pass: Peak
 ) -> list[Peak]:
     """Moments of gradient, curvature product and g_i.
 
-    :param beside: an accumulator that is there beside a graph. :param logits: of a block. :param kl_logits: of a block,
-        with the target's and what the losses hold.
+    :param beside: an accumulator that is there beside a graph. :param tangents: of a block's logits, with these.
+    :param kl_logits: of a block, the target's, and what the losses hold. :param target_pass: its forward pass.
     """
     graph, curvature = proxy.graph(tokens), config.bilevel.curvature
     own, whole = Peak(vectors=_FLOAT * proxy.numel / _sharing(config)), Peak(vectors=_FLOAT * proxy.numel)
+    # gradient and product of `evaluate` are there until the solver has its further products
+    earlier = own + own if further_products(config) > 0 else Peak()
     if curvature == "gauss-newton":
         stays = own + own if config.bilevel.solver == "conjugate-gradient" else Peak()
-        weights = Peak(activations=2 * proxy.size * proxy.output_numel)  # of the output layer at θ ± εv
-        tangent = Peak(logits=2 * _FLOAT * logits.logits / proxy.size)
-        differences = beside + beside + own + weights + proxy.forward(tokens)
-        pulled = beside + beside + weights + graph + logits + tangent
-        return [stays + moment for moment in (differences, pulled, whole + beside + graph + kl_logits, whole + whole)]
+        weight = Peak(activations=proxy.size * proxy.output_numel)  # of the output layer, at θ + εv
+        in_float = Peak(activations=2 * _FLOAT * proxy.output_numel if proxy.size < _FLOAT else 0)
+        differences = own + weight + proxy.forward(tokens)
+        pulled = weight + graph + tangents
+        accumulated = whole + beside + graph
+        moments = [
+            beside + beside + differences, beside + beside + pulled, beside + beside + own + weight + weight + in_float,
+            earlier + beside + differences, earlier + beside + pulled,
+            accumulated + weight, accumulated + target_pass, accumulated + kl_logits, whole + whole,
+        ]  # fmt: skip
+        return [stays + moment for moment in moments]
     if curvature == "finite-difference":
-        return [whole + beside + own + graph + kl_logits, whole + whole + own]
+        between = whole + beside + own + graph + kl_logits
+        return [between, earlier + between, whole + whole + own]
     if curvature == "none":
         displaced = own if proxy.size == _FLOAT else Peak()  # else the gradient is at the parameters themselves
-        return [beside + displaced + graph + kl_logits, whole + displaced]
+        return [beside + displaced + graph + kl_logits, beside + displaced + target_pass, whole + displaced]
     twice = replace(proxy, is_fused=False).graph(tokens)
     return [whole + whole + Peak(logits=9 * _FLOAT * proxy.logits(tokens)) + twice + twice + twice]

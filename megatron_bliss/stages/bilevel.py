@@ -162,8 +162,9 @@ def assemble(
     space = MegatronSpace(proxy, context, proxy_adam, distributed_optimizer)
     score_space = MegatronSpace(score_model, context, score_adam, distributed_optimizer)
     shard = VocabShard.of(context, vocab_size)
+    reuses_target = settings.reuses_target(-(-settings.batch_size // (settings.micro_batch_size * context.dp_size)))
     return BilevelLoop(
-        MegatronLowerLevel(proxy, space, target, shard, settings.gamma, settings.kl_direction, settings.reuses_target),
+        MegatronLowerLevel(proxy, space, target, shard, settings.gamma, settings.kl_direction, reuses_target),
         MegatronUpperLevel(score_model, score_space),
         make_curvature(settings.curvature, space),
         make_solver(settings, space),

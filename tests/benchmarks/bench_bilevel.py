@@ -25,6 +25,7 @@ HYPERGRADIENT_TOLERANCE, relative.
 
 import ctypes
 import os
+import select
 import statistics
 import tempfile
 import time
@@ -52,6 +53,7 @@ from tests.benchmarks.reference_loop import Models, Phases, ReferenceLoop, Setti
 from tests.distributed import run_ranks, started_ranks
 
 THREADS = 2
+TIMEOUT = 600  # seconds that a side waits for its turn
 ROUNDS, STEPS, TURNS = 3, 3, {"S": 12, "M": 4}
 LABELLED = 4  # last tokens of a validation sequence that carry loss: the answer
 LOSS_TOLERANCE, HYPERGRADIENT_TOLERANCE = 1e-5, 2e-3
@@ -172,7 +174,15 @@ def take_turns(sides: Sequence[tuple[Side, Size]], turns: int) -> list[dict[str,
             for i, (side, size) in enumerate(sides)
         ]
         open_door(doors[0])
-        return [result(3600)[0] for result in results]
+        found, failures = [], []
+        for result in results:
+            try:
+                found += result(3600)
+            except AssertionError as failure:
+                failures.append(failure)
+    if failures:  # of a side, and of those that waited for it
+        raise ExceptionGroup("sides of the benchmark failed", failures)
+    return found
 
 
 def open_door(door: Path) -> None:
@@ -201,6 +211,8 @@ def _rank(
     @contextmanager
     def turn() -> Iterator[None]:
         if waits is not None:
+            if not select.select([waits], [], [], TIMEOUT)[0]:
+                raise TimeoutError("the side whose turn it was did not pass it on")
             os.read(waits, 1)
         yield
         if following is not None:
