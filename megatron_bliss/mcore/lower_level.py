@@ -82,7 +82,7 @@ class MegatronLowerLevel:
     def add_gradient(
         self, batch: MicroBatch, weights: Tensor, gradient: Vector, outputs: Outputs | None = None
     ) -> LowerTerms:
-        """See `LowerLevel`. Memory: one micro-batch's graph, and a block of its logits and the target's."""
+        """See `LowerLevel`. Memory: one micro-batch's graph, a block of its logits, and of the target's or all."""
         divergence = self._divergence(batch)  # the target's pass before there is a graph
         found = models.outputs(self.proxy, batch.batch) if outputs is None else outputs
         token_weights, kl_weights = self._weights(batch, weights)
