@@ -395,8 +395,10 @@ def test_flops_of_an_outer_step_by_hand(tmp_path: Path) -> None:
     blocks, output, attention = 2 * (4 * 32 * 32 + 2 * 32 * 64), 256 * 32, 2 * 2 * 32 * 32
     per_token = 3 * (2 * (blocks + output) + attention)  # proxy and target alike
     batch, score_model = 8 * 32 * per_token, 8 * 32 * 4 * (2 * blocks + attention)  # which has no output layer
-    # defaults: three forward and two backward passes with the target's logits once, validation, score model
-    assert bilevel_flops_per_step(config) == pytest.approx(batch * (1 + 4 / 3 + 1 + 1 / 3) + score_model)
+    # defaults: three forward and two backward passes with the target's logits once, validation, score model; the
+    # proxy's logits are made once more, for its own gradient
+    logits = 8 * 32 * 2 * output
+    assert bilevel_flops_per_step(config) == pytest.approx(batch * (1 + 4 / 3 + 1 + 1 / 3) + score_model + logits)
     config.bilevel.curvature = "finite-difference"  # two displaced gradients
     assert bilevel_flops_per_step(config) == pytest.approx(batch * (2 + 1 + 1 / 3) + score_model)
     config.bilevel.gamma, config.bilevel.curvature = 0, "none"
