@@ -88,7 +88,8 @@ def _train_tokenizer(corpora: list[Corpus], path: Path, vocab_size: int) -> Toke
             if vocab_size // 2 < _SMALLEST_VOCABULARY:
                 num_bytes = sum(corpus.num_bytes for corpus in corpora)
                 raise UserError(
-                    f"the pool has {num_bytes / 1e3:.0f} kB of text, too little for a tokenizer; give 100 kB or more"
+                    f"the pool has {num_bytes / 1e3:.0f} kB of text, too little for a tokenizer, or with too "
+                    "few different words; give 100 kB or more of natural text"
                 ) from None
             vocab_size //= 2
             print(f"[corpus] there is little text: the tokenizer gets {vocab_size} pieces", flush=True)
