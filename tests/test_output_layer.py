@@ -84,7 +84,8 @@ def test_gradients_are_those_of_all_logits_at_once(name: str, dtype: torch.dtype
 
 def test_gauss_newton_product_is_that_of_the_dense_jacobian() -> None:
     model, distance = Model(), torch.tensor(2e-3, dtype=torch.float64)
-    direction = [torch.randn_like(parameter) for parameter in model.parameters]
+    random = torch.Generator().manual_seed(1)
+    direction = [torch.randn(parameter.shape, generator=random) for parameter in model.parameters]
 
     def logits(first: Tensor, weight: Tensor) -> Tensor:
         return ((model.x.double() @ first.t()).tanh() @ weight.t())[:, :VOCAB_SIZE]

@@ -88,8 +88,8 @@ class ParameterSpace:
         return [torch.zeros_like(master) for master in self.masters]
 
     def accumulator(self) -> Vector:
-        """For `harvest_` to add gradients to and `reduce_gradients`: like this rank's parameters, in the precision
-        of the masters."""
+        """What `harvest_` adds gradients to and `reduce_gradients` makes a vector of: like this rank's parameters, in
+        the precision of the masters; not to be read before."""
         return self.zeros()
 
     def harvest_(self, accumulator: Vector) -> None:

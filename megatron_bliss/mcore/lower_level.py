@@ -82,7 +82,8 @@ class MegatronLowerLevel:
     def add_gradient(
         self, batch: MicroBatch, weights: Tensor, gradient: Vector, outputs: Outputs | None = None
     ) -> LowerTerms:
-        """See `LowerLevel`. Memory: one micro-batch's graph, a block of its logits, and of the target's or all."""
+        """See `LowerLevel`. Memory: one micro-batch's graph, a block of its logits and of the target's; of the latter,
+        all where they are kept."""
         divergence = self._divergence(batch)  # the target's pass before there is a graph
         found = models.outputs(self.proxy, batch.batch) if outputs is None else outputs
         token_weights, kl_weights = self._weights(batch, weights)

@@ -164,7 +164,8 @@ def token_losses(model: GPTModel, batch: Batch) -> Tensor:
 def outputs(model: GPTModel, batch: Batch) -> Outputs:
     """What this rank's logits are made of where the batch has labels, rows in the order of `batch.labelled`.
 
-    The output layer, the largest of a small model, runs for nothing else.
+    The output layer, the largest of a small model, runs for nothing else. `logits` is for pipeline stages, of which all
+    but the last return the hidden states they pass on.
     """
 
     def processor(hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, **_: Any) -> Outputs:

@@ -1,4 +1,4 @@
-"""Losses through a language model's output layer, whose logits are made in blocks of tokens and never all at once.
+"""Losses through a language model's output layer, whose logits are made in blocks of tokens, not all at once.
 
 With h the hidden states of a block, W the layer's weight and D the gradient in the block's logits, in closed form:
 
@@ -75,7 +75,7 @@ class OutputsDivergence:
 
 
 class _Gradient:
-    """∂/∂h and ∂/∂W; the products of several blocks are summed in float32."""
+    """∂/∂h, [n, h] in the model's dtype, and ∂/∂W, [v, h]; the products of several blocks are summed in float32."""
 
     def __init__(self, outputs: Outputs) -> None:
         self.outputs = outputs
@@ -145,6 +145,8 @@ def gauss_newton_backward(
     """Take B Jv back through the model, and return every token's ⟨p, t⟩ − t[label] with t = Jv; see `gauss_newton_`.
 
     :param outputs: with a graph. :param along: their `slope` along v.
+    :param labels: [n], ids over the whole vocabulary. :param weights: w, float32 [n].
+    :returns: float32 [n], equal on all tensor-parallel ranks.
     """
     derivatives = torch.zeros_like(weights)
     with torch.no_grad():

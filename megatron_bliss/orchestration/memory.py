@@ -272,7 +272,7 @@ def _bilevel(config: RunConfig, chunk: int, block: int) -> Peak:
     stays = proxy.trained(sharing) + score.trained(sharing) + Peak(vectors=2 * _FLOAT * proxy.numel / sharing)
     numel = proxy.logits(tokens)
     block = min(block, numel)
-    held, logits = Peak(logits=_FLOAT * min(chunk, numel)), Peak(logits=proxy.size * block)
+    held, logits = _FLOAT * min(chunk, numel), Peak(logits=proxy.size * block)
     kl_logits, target_pass = logits, Peak()
     if bilevel.gamma and not bilevel.uses_cached_target:
         target = replace(_proxy(config), architecture=resolve(config.target.model), size=_size(config.target.model))
@@ -283,14 +283,14 @@ def _bilevel(config: RunConfig, chunk: int, block: int) -> Peak:
         else:
             kl_logits += Peak(logits=target.size * block)
     gradient = _FLOAT * proxy.output_numel  # of the output layer's weight, on top of what a graph counts
-    kl_logits += held + held + held + held + Peak(activations=gradient if proxy.size < _FLOAT else 0)
+    kl_logits += Peak(logits=4 * held, activations=gradient if proxy.size < _FLOAT else 0)
     has_many, validates_many = num_micro_batches(config) > 1, num_validation_micro_batches(config) > 1
     whole, graph = Peak(vectors=_FLOAT * proxy.numel), proxy.graph(tokens)
     beside = whole if has_many else Peak()  # an accumulator beside a graph
-    tangents = logits + held + held + Peak(logits=2 * _FLOAT * block)
+    tangents = logits + Peak(logits=2 * held + 2 * _FLOAT * block)
     moments = [
         score.graph(tokens) + (Peak(vectors=_FLOAT * score.numel) if has_many else Peak()),
-        graph + logits + held + held + (whole if validates_many else Peak()),
+        graph + logits + Peak(logits=2 * held) + (whole if validates_many else Peak()),
         beside + graph + Peak(activations=gradient),
         beside + target_pass,
         *_curvature(config, proxy, tokens, beside, tangents, kl_logits, target_pass),
